@@ -1,0 +1,459 @@
+"""Adaptive Video Distillation (AVD): a 50-step guided video diffusion model becomes a 4-step one.
+
+The whole method, in the paper's order. A model is anything with
+
+    velocity = model(x_t, t, text)
+
+so a toy of 0.7M parameters, Wan2.1-14B, a sharded or LoRA-wrapped one, and a Gaussian whose scores
+are known in closed form all pass through these lines. Three of them take part:
+
+    student   G_omega   the few-step generator that we train, a copy of the teacher at first
+    teacher   s_real    the frozen pretrained model
+    critic    s_fake    learns, online, the scores of the student's own videos; a copy, too
+
+Tensors are video latents `b c f h w`. `t` is `[b]` in [0, 1000] and sigma = t / 1000. `text` is
+`[b, l, d]`, embeddings of the prompts. All randomness comes from the `generator` arguments: one
+torch.Generator for the whole batch, or a list with one for each sample.
+
+Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import kernels
+
+# ---------------------------------------------------------------------------------------------
+# Configuration: every number of the method, at the paper's value for Wan2.1
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AVDConfig:
+    """The method's numbers, with the paper's symbols. They stand nowhere else."""
+
+    timesteps: tuple[float, ...] = (1000, 900, 757, 522)
+    """the student's steps, from noise to video"""
+    strides: tuple[int, ...] = (2, 2, 1, 1)
+    """sampling: at stride s a step sees every s-th frame (section 3.3)"""
+    train_strides: tuple[int, ...] = (1, 1, 1, 1)
+    """the same in training; the paper trains at the full rate"""
+    guidance_scale: float = 5.0
+    """of the teacher: uncond + scale * (cond - uncond)"""
+    shift: float = 5.0
+    """moves the timesteps that DMD and the critic draw towards noise"""
+    t_range: tuple[float, float] = (20, 980)
+    """those timesteps are clamped to this range"""
+    lambda_reg: float = 2.0
+    """lambda_reg: weight of the adaptive regression (eq. 9)"""
+    k: float = 3.0
+    """k: how sharply a loss above its mean is mistrusted (eq. 7); its unit is 1 / loss"""
+    ema_decay: float = 0.95
+    """omega: decay of the Loss Mean Cache (eq. 6)"""
+    lambda_temp: float = 0.05
+    """lambda_temp: weight of the temporal regularisation (eq. 9)"""
+    temporal_eps: float = 1e-6
+    """theta: keeps the logarithm of a still video finite (eq. 8)"""
+    temporal_truncation: float = 0.6
+    """a sample whose L_temp is at or below this moves enough; the level of Wan's latents"""
+    critic_updates: int = 5
+    """critic updates before each update of the student"""
+    lr: float = 2e-6
+    """learning rate of the student (AdamW)"""
+    critic_lr: float = 2e-6
+    """learning rate of the critic (AdamW)"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment"""
+    weight_decay: float = 0.01
+    """AdamW's weight decay"""
+    grad_clip: float = 10.0
+    """largest norm of a gradient"""
+
+    def __post_init__(self):
+        for name in ("strides", "train_strides"):
+            strides = getattr(self, name)
+            if len(strides) != len(self.timesteps):
+                raise ValueError(f"{name} {strides}: one stride is needed for each of the "
+                                 f"{len(self.timesteps)} timesteps {self.timesteps}")
+            if any(s < 1 or s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
+                raise ValueError(f"{name} {strides}: powers of two are needed that never rise")
+        if list(self.timesteps) != sorted(set(self.timesteps), reverse=True) or not (
+                0 < self.timesteps[-1] <= self.timesteps[0] <= 1000):
+            raise ValueError(f"timesteps {self.timesteps} must fall, within (0, 1000]")
+
+    def to_json(self):
+        """What differs from the paper, to be stored with weights."""
+        paper = type(self)()
+        return json.dumps({name: value for name, value in asdict(self).items()
+                           if value != getattr(paper, name)})
+
+    @classmethod
+    def from_json(cls, text):
+        return cls(**{name: tuple(value) if isinstance(value, list) else value
+                      for name, value in json.loads(text).items()})
+
+
+# ---------------------------------------------------------------------------------------------
+# Flow matching: x_t = (1 - sigma) x0 + sigma noise, and a model predicts v = noise - x0
+# ---------------------------------------------------------------------------------------------
+
+
+def sigma_of(t):
+    """`t` `[b]` -> sigma `[b, 1, 1, 1, 1]`."""
+    return (t / 1000).view(-1, 1, 1, 1, 1)
+
+
+def add_noise(x0, noise, t):
+    """x_t, the video noised to time t."""
+    return (1 - sigma_of(t)) * x0 + sigma_of(t) * noise
+
+
+def velocity_to_x0(v, x_t, t):
+    """The clean video that a velocity points to."""
+    return x_t - sigma_of(t) * v
+
+
+def predict_velocity(model, x_t, t, text, stride=1):
+    """The model's velocity. At stride s, `x_t` holds every s-th frame, and the model is told so."""
+    at_rate = {} if stride == 1 else {"frame_stride": stride}
+    return model(x_t, t, text, **at_rate)
+
+
+def predict_x0(model, x_t, t, text, stride=1):
+    """The model's idea of the clean video."""
+    return velocity_to_x0(predict_velocity(model, x_t, t, text, stride), x_t, t)
+
+
+def shifted(u, shift):
+    """Move u in [0, 1] towards one, where large latents need their steps: s u / (1 + (s-1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def draw(random, shape, like, generator=None):
+    """`random(shape)` (torch.rand or torch.randn) with the device and dtype of `like`.
+
+    A list of generators, one for each sample, makes every sample's numbers its own, whatever the
+    batch or the rank it is in. Numbers are drawn on the generator's device, then moved.
+    """
+    if isinstance(generator, list):
+        return torch.stack([draw(random, shape[1:], like, g) for g in generator])
+    device = like.device if generator is None else generator.device
+    return random(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def draw_timesteps(x0, config, generator=None):
+    """Times `[b]` at which the distributions are compared: uniform, shifted, clamped."""
+    u = draw(torch.rand, x0.shape[:1], x0, generator)
+    return (1000 * shifted(u, config.shift)).clamp(*config.t_range)
+
+
+# ---------------------------------------------------------------------------------------------
+# Distribution matching, L_KL (eq. 4): details from the teacher, and with them its excesses
+# ---------------------------------------------------------------------------------------------
+
+
+def guide(cond, uncond, scale):
+    """Classifier-free guidance."""
+    return uncond + scale * (cond - uncond)
+
+
+def guided_velocity(model, x_t, t, text, null_text, scale):
+    """`null_text` `[1 or b, l', d]` is the embedding of the empty (or the negative) prompt."""
+    null_text = null_text.expand(len(x_t), -1, -1)
+    return guide(model(x_t, t, text), model(x_t, t, null_text), scale)
+
+
+def dmd_gradient(x0, x0_fake, x0_real):
+    """Eq. 4: where to move the student's video `x0` so that its distribution nears the teacher's.
+
+        g = (x0_fake - x0_real) / mean_{c,f,h,w} |x0 - x0_real|
+
+    `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from one noised
+    `x0`. In float32, one normaliser for each sample; 0 / 0 is 0, all else stays non-finite.
+    """
+    difference = x0_fake.float() - x0_real.float()
+    normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.where(difference == 0, 0.0, difference / normaliser)
+
+
+def dmd_loss(x0, gradient):
+    """A loss whose gradient in `x0` is `gradient / x0.numel()`. In float32, or it rounds away."""
+    x0 = x0.float()
+    return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
+
+
+def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
+    """L_KL of the student's videos `x0`: a scalar."""
+    with torch.no_grad():
+        t = draw_timesteps(x0, config, generator)
+        x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
+        x0_fake = predict_x0(critic, x_t, t, text)
+        v_real = guided_velocity(teacher, x_t, t, text, null_text, config.guidance_scale)
+        gradient = dmd_gradient(x0, x0_fake, velocity_to_x0(v_real, x_t, t))
+    return dmd_loss(x0, gradient)
+
+
+# ---------------------------------------------------------------------------------------------
+# Adaptive regression, w L_reg (eqs. 5-7): real videos bring the colours back
+# ---------------------------------------------------------------------------------------------
+
+
+class LossMeanCache(nn.Module):
+    """A running mean of the regression loss at each of the student's steps, and the weights.
+
+    Eq. 6: Lbar <- omega Lbar + (1 - omega) L      Eq. 7: w = 1 - sigmoid(k (L - Lbar))
+
+    A video that is harder than its step's mean lies far from what the student can draw: fitting it
+    would pull towards a middle between two distributions, so it counts for less.
+    """
+
+    def __init__(self, num_steps, decay=0.95, k=3.0):
+        super().__init__()
+        self.decay, self.k = decay, k
+        self.register_buffer("means", torch.zeros(num_steps))
+        self.register_buffer("filled", torch.zeros(num_steps, dtype=torch.bool))
+
+    @torch.no_grad()
+    def forward(self, step, loss):
+        """Weigh by the means as they are, then update them: `step` long, `loss` -> w, all `[b]`.
+
+        One EMA step for each call and timestep, with that timestep's mean loss over the batches of
+        all ranks. A timestep's very first mean is taken over before it weighs.
+        """
+        loss = loss.float()
+        member = F.one_hot(step, len(self.means)).float()
+        totals = torch.stack([loss @ member, member.sum(0)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        losses, counts = totals
+        present, batch_means = counts > 0, losses / counts.clamp(min=1)
+
+        self.means.copy_(torch.where(present & ~self.filled, batch_means, self.means))
+        self.filled |= present
+        weight = 1 - torch.sigmoid(self.k * (loss - self.means[step]))
+        updated = self.decay * self.means + (1 - self.decay) * batch_means
+        self.means.copy_(torch.where(present, updated, self.means))
+        return weight
+
+
+def regression_loss(student, x0, text, step, config, stride=1, generator=None):
+    """L_reg (eq. 5), `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
+
+    `step` `[b]` numbers the timesteps. The paper writes epsilon; but at sigma = 1 an epsilon error
+    says nothing about x0, and the velocity's does. At stride s only every s-th frame takes part.
+    """
+    x0 = x0[:, :, ::stride]
+    t = torch.tensor(config.timesteps, dtype=x0.dtype, device=x0.device)[step]
+    noise = draw(torch.randn, x0.shape, x0, generator)
+    v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
+    return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))
+
+
+def draw_regression_steps(x0, step, strides, generator=None):
+    """A step `[b]` for each real video, among those that run at the rate of the shared `step`.
+
+    A batch then has one length, and as `step` is uniform over all steps, so is each of these.
+    """
+    same_rate = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
+                             device=x0.device)
+    u = draw(torch.rand, x0.shape[:1], x0, generator)
+    return same_rate[(u * len(same_rate)).long()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Temporal regularisation, L_temp (eq. 8): a penalty on still videos
+# ---------------------------------------------------------------------------------------------
+
+
+def temporal_loss(x0, eps=1e-6, truncation=None):
+    """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
+
+    A sample at or below `truncation` moves enough: it adds neither value nor gradient.
+    """
+    loss = -torch.log(kernels.temporal_variance(x0) + eps)
+    if truncation is not None:
+        loss = torch.where(loss > truncation, loss, 0.0)
+    return loss.mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# The critic: an online score model of the student's distribution
+# ---------------------------------------------------------------------------------------------
+
+
+def critic_loss(critic, x0, text, config, generator=None):
+    """Flow matching on the student's videos `x0`, with timesteps drawn as for L_KL: a scalar."""
+    x0 = x0.detach()
+    t = draw_timesteps(x0, config, generator)
+    noise = draw(torch.randn, x0.shape, x0, generator)
+    return F.mse_loss(critic(add_noise(x0, noise, t), t, text).float(), (noise - x0).float())
+
+
+# ---------------------------------------------------------------------------------------------
+# The few-step sampler, and backward simulation (DMD2, section 4.5): training on one's own steps
+# ---------------------------------------------------------------------------------------------
+
+
+def few_steps(student, noise, text, timesteps, strides, interpolator=None, generator=None):
+    """Walk down `timesteps` from pure noise; gradients, if enabled, flow through the last step only.
+
+    At each: predict x0, bring it to the next step's frame rate, renoise it to the next timestep.
+    Returns the last x0 at the full rate. `strides` thin the frames of the full-rate `noise`; when
+    a stride falls, the interpolator fills in the frames. Without one, every step is full rate.
+    """
+    strides = strides if interpolator is not None else (1,) * len(timesteps)
+    if (noise.shape[2] - 1) % strides[0]:
+        raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: "
+                         f"their number must be 1 modulo {strides[0]}")
+    grad = torch.is_grad_enabled()
+    x_t = noise[:, :, ::strides[0]]
+    for i, (timestep, stride) in enumerate(zip(timesteps, strides)):
+        last = i + 1 == len(timesteps)
+        with torch.set_grad_enabled(grad and last):
+            t = torch.full((len(noise),), float(timestep), device=noise.device)
+            x0 = predict_x0(student, x_t, t, text, stride)
+            next_stride = 1 if last else strides[i + 1]
+            while stride > next_stride:
+                x0, stride = interpolator(x0), stride // 2
+            if last:
+                return x0
+            t = torch.full_like(t, timesteps[i + 1])
+            x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
+
+
+def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
+    """The student's video as step number `step` predicts it, from pure noise: `b c f h w`.
+
+    What training shows the student is what sampling will show it. It stops at `step`, the only one
+    with gradients, which flow through the interpolator too where that step runs at a lower rate.
+    """
+    until = step + 1
+    return few_steps(student, noise, text, config.timesteps[:until], config.train_strides[:until],
+                     interpolator, generator)
+
+
+@torch.no_grad()
+def sample(student, noise, text, config, interpolator=None, generator=None):
+    """The decoupled few-step sampler (section 3.3): noisy steps at a fraction of the frame rate.
+
+    noise: `[b, c, f, h, w]` at the full rate, f = 1 modulo the largest stride (else ValueError).
+    interpolator: fills in the frames; without one, every step runs at the full rate.
+    generator: one torch.randn for each renoising, of the next step's shape.
+    """
+    return few_steps(student, noise, text, config.timesteps, config.strides, interpolator, generator)
+
+
+# ---------------------------------------------------------------------------------------------
+# One update of the student (eq. 9): L = L_KL + lambda_reg w L_reg + lambda_temp L_temp
+# ---------------------------------------------------------------------------------------------
+
+
+def student_loss(student, teacher, critic, cache, real, text, null_text, step, config,
+                 interpolator=None, generator=None):
+    """The student's loss on one batch, and a dict of its detached parts.
+
+    real: real videos `[b, c, f, h, w]` with the embeddings `text` of their prompts.
+    step: number of the step to train, the same for the whole batch and on every rank.
+    cache: a LossMeanCache, updated here; whoever skips this update must put it back.
+    """
+    noise = draw(torch.randn, real.shape, real, generator)
+    x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
+    kl = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
+    temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
+    loss = kl + config.lambda_temp * temp
+    parts = {"kl": kl, "temp": temp, "variance": kernels.temporal_variance(x0).mean()}
+
+    if config.lambda_reg:
+        strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)
+        steps = draw_regression_steps(real, step, strides, generator)
+        reg = regression_loss(student, real, text, steps, config, strides[step], generator)
+        weight = cache(steps, reg.detach())
+        loss = loss + config.lambda_reg * (weight * reg).mean()
+        parts |= {"reg": reg, "weight": weight, "reg_step": steps}
+    return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Frame interpolation (section 3.3): a small UNet between each two neighbouring frames
+# ---------------------------------------------------------------------------------------------
+
+
+class FrameInterpolator(nn.Module):
+    """Doubles the frame rate of a clean latent: `b c f h w` -> `b c 2f-1 h w`, any h and w.
+
+    The frame between two neighbours is blend * left + (1 - blend) * right + residual. Given frames
+    come through bit for bit. Untrained, it returns the mean of the neighbours.
+    """
+
+    def __init__(self, channels, width=64):
+        super().__init__()
+
+        def conv(inputs, outputs, stride=1):
+            return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+        def stage(inputs, outputs, stride=1):
+            return nn.Sequential(conv(inputs, outputs, stride), nn.GroupNorm(8, outputs), nn.SiLU(),
+                                 conv(outputs, outputs), nn.SiLU())
+
+        self.enter = stage(2 * channels, width)
+        self.down = stage(width, 2 * width, stride=2)
+        self.up = conv(2 * width, width)
+        self.leave = stage(2 * width, width)
+        self.out = conv(width, channels + 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x0):
+        b, _, f, h, w = x0.shape
+        if f == 1:
+            return x0
+        pairs = torch.cat([x0[:, :, :-1], x0[:, :, 1:]], dim=1).to(self.out.weight.dtype)
+        skip = self.enter(rearrange(pairs, "b c f h w -> (b f) c h w"))
+        deep = self.up(F.interpolate(self.down(skip), size=(h, w)))
+        out = self.out(self.leave(torch.cat([skip, deep], dim=1)))
+        out = rearrange(out, "(b f) c h w -> b c f h w", b=b).to(x0.dtype)
+        return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:])
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """From a safetensors file of `save_pretrained`; the tensors' shapes tell the size."""
+        tensors = load_file(path)
+        width, inputs = tensors["enter.0.weight"].shape[:2]
+        model = cls(inputs // 2, width)
+        model.load_state_dict(tensors)
+        return model
+
+    def save_pretrained(self, path, metadata=None):
+        save_file(self.state_dict(), path, metadata)
+
+
+def interpolation_loss(interpolator, x0):
+    """Squared error of the frames that were dropped from real latents `x0` (f odd): a scalar."""
+    return F.mse_loss(interpolator(x0[:, :, ::2])[:, :, 1::2], x0[:, :, 1::2])
+
+
+# ---------------------------------------------------------------------------------------------
+# The teacher's own sampler
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, shift=5.0,
+                   solver="euler"):
+    """Guided Euler steps down the flow's ODE, on a shifted grid of sigmas from 1 to 0."""
+    if solver != "euler":
+        raise ValueError(f"solver {solver!r} is unknown; there is 'euler'")
+    x = noise
+    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for sigma, next_sigma in pairwise(sigmas):
+        t = torch.full((len(x),), 1000 * sigma, device=x.device)
+        x = x + (next_sigma - sigma) * guided_velocity(model, x, t, text, null_text, guidance_scale)
+    return x

@@ -1,0 +1,173 @@
+"""Prompts to videos: by a distilled student in four steps, or by its teacher in fifty.
+
+    python sample.py "a red ball moving left fast" --model runs/demo/avd/student
+    python sample.py --prompts-file prompts.txt --teacher --steps 50
+
+Writes one mp4 for each prompt and a contact sheet of them all.
+"""
+
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import imageio.v3 as iio
+import torch
+import tyro
+from einops import rearrange
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import adavid
+from tiny_wan import ToyCodec, WanModel, checkpoint
+from tools import cli
+
+WEIGHTS = Path(__file__).parent / "tiny_wan" / "weights"
+
+
+@dataclass
+class Sample:
+    """Videos from prompts, by a 4-step student, or with --teacher by a guided ODE sampler."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """what to draw, each in quotes"""
+    prompts_file: Path | None = None
+    """a text file with one prompt on each line, after those of the command line"""
+    model: Path = WEIGHTS
+    """folder of a student, or of a teacher"""
+    out: Path = Path("runs/samples")
+    """folder for the videos and the contact sheet"""
+    seed: int = 0
+    """of the noise; video i has seed + i, whatever else is in the batch"""
+    full_rate: bool = False
+    """run every step at the full frame rate, without the interpolator"""
+    teacher: bool = False
+    """sample with guidance, in many small steps"""
+    steps: int = 50
+    """steps of the teacher"""
+    guidance_scale: float | None = None
+    """guidance of the teacher; by default the one that its students learn from"""
+    batch_size: int = 16
+    """videos at a time"""
+    save_latents: bool = False
+    """write latents.safetensors, too"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+
+
+def main(argv=None):
+    return cli.run(run, Sample, argv)
+
+
+def run(args):
+    device = cli.pick_device(args.device)
+    prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    if not prompts:
+        raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    with timed("load"):
+        model = WanModel.from_pretrained(args.model, torch.float32, device).eval()
+        config = load_config(args.model)
+        if args.guidance_scale is not None:
+            config = replace(config, guidance_scale=args.guidance_scale)
+        interpolator = None if args.full_rate else load_interpolator(args.model, device)
+        codec = ToyCodec()
+    with timed("text"):
+        text = codec.encode_text(prompts).to(device)
+    latents = []
+    with timed("sample"), progress(model, "denoising") as bar:
+        batches = torch.arange(len(prompts)).split(args.batch_size)
+        bar.total = len(batches) * (2 * args.steps if args.teacher else len(config.timesteps))
+        for batch in batches:
+            generator = [torch.Generator().manual_seed(args.seed + i) for i in batch.tolist()]
+            noise = adavid.draw(torch.randn, (len(batch), *codec.latent_shape), text, generator)
+            if args.teacher:
+                null_text = codec.encode_text([""]).to(device)
+                latents.append(adavid.sample_teacher(model, noise, text[batch], null_text,
+                                                     args.steps, config.guidance_scale))
+            else:
+                latents.append(adavid.sample(model, noise, text[batch], config, interpolator,
+                                             generator))
+        latents = torch.cat(latents)
+    with timed("decode and write"):
+        videos = codec.decode(latents).cpu()
+        for i, (prompt, video) in enumerate(zip(prompts, videos)):
+            write_video(args.out / f"{file_name(prompt)}-{i}.mp4", video, codec.fps)
+        write_contact_sheet(args.out / "contact_sheet.png", videos)
+        if args.save_latents:
+            save_file({"latents": latents.cpu().contiguous()}, args.out / "latents.safetensors")
+    print(f"{len(prompts)} videos and contact_sheet.png are in {args.out}")
+
+
+def read_prompts(path):
+    """The non-empty lines of a text file. ValueError where it is not one."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    if not any(lines):
+        raise ValueError(f"{path}: no prompts in it; write one on each line")
+    return [line for line in lines if line]
+
+
+def load_config(path):
+    """The paper's AVDConfig, with what the weights at `path` say otherwise."""
+    return adavid.AVDConfig.from_json(checkpoint.read_metadata(path).get("avd", "{}"))
+
+
+def load_interpolator(path, device):
+    """The interpolator that lies beside a model's weights, or None."""
+    file = Path(path) / "interpolator.safetensors"
+    return adavid.FrameInterpolator.from_pretrained(file).to(device).eval() if file.exists() else None
+
+
+class timed:
+    """Print how long a part took."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error):
+        if error == (None, None, None):
+            print(f"{self.part}: {time.perf_counter() - self.start:.1f} s")
+
+
+def progress(model, what):
+    """A progress bar that counts the model's forwards."""
+    bar = tqdm(desc=what, unit="forward", leave=False)
+    hook = model.register_forward_hook(lambda *_: bar.update() and None)
+    close, bar.close = bar.close, lambda: (hook.remove(), close())
+    return bar
+
+
+def file_name(prompt):
+    return re.sub(r"[^\w-]+", "_", prompt).strip("_")[:100]
+
+
+def enlarge(video):
+    """`c f h w` in [0, 1] -> frames `f h w c` of bytes, at least 128 pixels high."""
+    times = max(1, 128 // video.shape[-2])
+    frames = rearrange((255 * video).round().byte(), "c f h w -> f h w c")
+    return frames.repeat_interleave(times, 1).repeat_interleave(times, 2).numpy()
+
+
+def write_video(path, video, fps):
+    """An mp4 of one video `[3, f, h, w]` in [0, 1]."""
+    iio.imwrite(path, enlarge(video), fps=fps, codec="libx264", macro_block_size=2)
+
+
+def write_contact_sheet(path, videos, columns=9):
+    """A picture with a row for each video `[b, 3, f, h, w]` and a column for each frame."""
+    frames = torch.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().long()
+    sheet = rearrange(videos[:, :, frames], "b c f h w -> c 1 (b h) (f w)")
+    iio.imwrite(path, enlarge(sheet)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

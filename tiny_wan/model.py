@@ -1,0 +1,264 @@
+"""The Wan2.1 text-to-video transformer, one class from a toy of 0.7M parameters to 14B.
+
+    model = WanModel(PRESETS["tiny"]).init_weights()      # or WanModel.from_pretrained(folder)
+    velocity = model(x_t, t, text)
+
+Parameter names and numerics are those of the original code (github.com/Wan-Video/Wan2.1), so its
+checkpoints load as they are. Reference: "Wan: Open and Advanced Large-Scale Video Generative
+Models", arXiv 2503.20314.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from tiny_wan import checkpoint
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """One architecture; the field names are those of the original `config.json`."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256  # width of the sinusoidal timestep embedding
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, height, width
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} must split into {self.num_heads} heads of an even size")
+
+
+PRESETS = {
+    "tiny": WanConfig(96, 384, 4, 4, in_dim=12, out_dim=12, text_dim=15, text_len=8),
+    "wan-1.3b": WanConfig(1536, 8960, 12, 30),
+    "wan-14b": WanConfig(5120, 13824, 40, 40),
+}
+
+
+def sinusoidal_embedding(t, dim):
+    """`t` `[b]` in [0, 1000] -> `[b, dim]`, cosines first; float64 inside, where there is one."""
+    t = t.cpu() if t.device.type == "mps" else t
+    freqs = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angles = t.double()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+@lru_cache(maxsize=16)
+def rope_table(f, h, w, head_dim, frame_stride, device):
+    """Cosines and sines `[f*h*w, head_dim/2]` of the 3D rotary embedding.
+
+    Frame, row and column own `d - 4 (d // 6)`, `2 (d // 6)` and `2 (d // 6)` of the d channels.
+    Frames stand at positions 0, s, 2s, ...: at stride s a frame keeps its true place in time.
+    """
+    split = 2 * (head_dim // 6)
+    angles = []
+    for n, dim, stride in ((f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
+        freqs = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(torch.arange(n, dtype=torch.float64)[:, None] * stride * freqs)
+    frames, rows, columns = angles
+    angles = torch.cat([
+        frames[:, None, None].expand(f, h, w, -1),
+        rows[None, :, None].expand(f, h, w, -1),
+        columns[None, None, :].expand(f, h, w, -1),
+    ], dim=-1).flatten(0, 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, rope):
+    """Rotate each pair of neighbouring channels of `x` `[b, heads, tokens, d]` by its angle."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """Over the full width, all heads together, in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """In float32, whatever the input."""
+
+    def forward(self, x):
+        weight = self.weight if self.weight is None else self.weight.float()
+        bias = self.bias if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Queries from `x`; keys and values from `context`, or from `x` itself with rotary places."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x, context=None, rope=None):
+        source = x if context is None else context
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(source)), self.v(source)
+        q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.num_heads) for y in (q, k, v))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
+
+
+def modulate(x, shift, scale):
+    """adaLN, in float32: the modulation is never rounded to bf16 before it is applied."""
+    return (x.float() * (1 + scale) + shift).type_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm3 = LayerNorm(c.dim, c.eps)
+        self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(c.dim, c.ffn_dim), nn.GELU("tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
+
+    def forward(self, x, e, text, rope):
+        """`x` `[b, tokens, dim]`, `e` `[b, 6, dim]` float32, `text` `[b, text_len, dim]`."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)
+        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=rope)
+        x = (x.float() + y * gate1).type_as(x)
+        x = x + self.cross_attn(self.norm3(x), context=text)
+        y = self.ffn(modulate(self.norm2(x), shift2, scale2))
+        return (x.float() + y * gate2).type_as(x)
+
+
+class Head(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class WanModel(nn.Module):
+    """Velocity `noise - x0` of a noised video latent. See `forward` for shapes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.gradient_checkpointing = False  # recompute each block in backward: memory for time
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, stride=c.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+
+    def forward(self, x, t, text, frame_stride=1):
+        """Velocity of `x` at time `t`, the same shape and dtype as `x`.
+
+        x: `[b, c, f, h, w]`, each of f, h, w a multiple of the patch's.
+        t: `[b]` in [0, 1000].
+        text: `[b, l, text_dim]` with l <= text_len, zero-padded to text_len.
+        frame_stride: frames of `x` stand at times 0, s, 2s, ... of the full-rate video.
+        """
+        c = self.config
+        dtype = self.patch_embedding.weight.dtype
+        p, q, r = c.patch_size
+        if x.ndim != 5 or x.shape[1] != c.in_dim or any(
+                n % m for n, m in zip(x.shape[2:], c.patch_size)):
+            raise ValueError(f"x is {list(x.shape)}, but must be [b, {c.in_dim}, f, h, w] with f, "
+                             f"h, w multiples of the patch {c.patch_size}")
+        if text.ndim != 3 or text.shape[2] != c.text_dim or text.shape[1] > c.text_len:
+            raise ValueError(f"text is {list(text.shape)}, but must be [b, l, {c.text_dim}] with "
+                             f"l at most {c.text_len}")
+
+        f, h, w = (n // m for n, m in zip(x.shape[2:], c.patch_size))
+        rope = rope_table(f, h, w, c.dim // c.num_heads, frame_stride, x.device)
+        tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
+        text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
+        e = self.time_embedding(sinusoidal_embedding(t, c.freq_dim).to(x.device, dtype)).float()
+        e6 = self.time_projection(e.to(dtype)).float().unflatten(1, (6, c.dim))
+
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = recompute(block, tokens, e6, text, rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, e6, text, rope)
+        return rearrange(self.head(tokens, e), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+                         f=f, h=h, w=w, p=p, q=q, r=r).to(x.dtype)
+
+    def init_weights(self, seed=0):
+        """Random weights to train from scratch: Wan's own scheme, but for the gates. -> self
+
+        Wan draws all modulation near zero, which keeps every block shut for thousands of steps;
+        gates that start at one let a tiny network learn coherence within minutes.
+        """
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith("modulation"):
+                nn.init.normal_(p, std=self.config.dim ** -0.5, generator=g)
+                if p.shape[1] == 6:
+                    p.data[:, [2, 5]] += 1
+            elif name.startswith("head.") or name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name.startswith(("text_embedding", "time_embedding")):
+                nn.init.normal_(p, std=0.02, generator=g)
+            elif p.ndim > 1:
+                nn.init.xavier_uniform_(p.data.flatten(1), generator=g)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=None, device=None):
+        """A model from a folder or a safetensors file (see `checkpoint.py`), in its own dtype.
+
+        ValueError or FileNotFoundError names the file, and the tensor that is missing, left over
+        or of another shape.
+        """
+        tensors = checkpoint.read_weights(path, dtype, device)
+        config = WanConfig(**checkpoint.read_config(path, tensors))
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: p.shape for name, p in model.state_dict().items()}
+        for name in expected.keys() | tensors.keys():
+            if name not in tensors:
+                raise ValueError(f"{path}: tensor {name!r} is missing")
+            if name not in expected:
+                raise ValueError(f"{path}: tensor {name!r} has no place in {config}")
+            if tensors[name].shape != expected[name]:
+                raise ValueError(f"{path}: tensor {name!r} is {list(tensors[name].shape)}, but "
+                                 f"must be {list(expected[name])}")
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+    def save_pretrained(self, path, layout="original", metadata=None):
+        """Write a folder that `from_pretrained` and the original code read."""
+        if layout != "original":
+            raise ValueError(f"layout {layout!r} is unknown; there is 'original'")
+        checkpoint.write(path, asdict(self.config), self.state_dict(), metadata or {})

@@ -1,0 +1,48 @@
+"""The command line of every program here: flags from dataclasses, and errors of one line."""
+
+import contextlib
+import io
+import sys
+from itertools import takewhile
+
+import torch
+import tyro
+
+
+def run(program, options, argv=None):
+    """Parse `argv` into the dataclass `options`, call `program` with it, return an exit code.
+
+    Bad flags and bad input (ValueError, OSError) end in one line on stderr and code 2, Ctrl-C in
+    130. Help texts are the fields' docstrings.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
+    except SystemExit as end:
+        box = (line.strip("│ ") for line in complaint.getvalue().splitlines()[1:-1])
+        if end.code:
+            fail(" ".join(takewhile(lambda line: not line.startswith("──"), box)) + " (see --help)")
+        return end.code or 0
+    try:
+        return program(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+        return 2
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+
+
+def pick_device(name):
+    """'auto' is the best device that there is; a ValueError says when the one asked for is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, ok in there.items() if ok)
+    if not there[name]:
+        raise ValueError(f"--device {name}: this machine has no such device; "
+                         f"try --device {next(device for device, ok in there.items() if ok)}")
+    return torch.device(name)
