@@ -44,8 +44,9 @@ def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
 
     x0 `[b, c, f, h, w]`; blend `[b, 1, f-1, h, w]` in [0, 1], the left neighbour's share; residual
     `[b, c, f-1, h, w]`. The given frames stand bit for bit at the even places. With noise
-    `[b, c, 2f-1, h, w]` and sigma, a float or `[b]` in [0, 1]: `(1 - sigma) * frames + sigma * noise`.
-    Differentiable in all but sigma; any strides. Raises ValueError for any other shape.
+    `[b, c, 2f-1, h, w]` and sigma in [0, 1], a float or `[b]`, the result is
+    `(1 - sigma) * frames + sigma * noise`. Differentiable in all but sigma; any strides.
+    Raises ValueError for any other shape.
     """
     check_video("x0", x0)
     if (noise is None) != (sigma is None):

@@ -1,7 +1,7 @@
-"""What the kernels compile to for five GPUs and, on a GPU, how fast they run: `python -m kernels.bench`
+"""`python -m kernels.bench`: the code the kernels become on five GPUs and, on a GPU, their speed.
 
-Everything at Wan2.1's latent size, 16 x 21 x 60 x 104 in bfloat16. Compiling needs no GPU. The last
-line is the whole report as JSON.
+At Wan2.1's latent size, 16 x 21 x 60 x 104, in bfloat16. One line per launch, with the bytes it
+must move (the variance's forward ends in one more, torch's sum over programs); last, all as JSON.
 """
 
 import json
@@ -37,19 +37,19 @@ def wan_inputs(batch=1, device="cpu", dtype=torch.bfloat16):
 
 
 def compiled(target, operation, inputs):
-    """[(kernel, bytes it must move)] of an operation's launches on a `target` GPU, backward included.
+    """[(kernel, bytes it must move)]: an operation's launches on `target`, forward and backward.
 
     The launchers run on a driver that only names its target, and a launch stops at compiling: the
-    arguments are specialised, alignment included, exactly as on that GPU. A kernel moves each of its
-    tensors once, so the bytes are theirs.
+    arguments are specialised, alignment included, exactly as on that GPU. A kernel moves each of
+    its tensors once, so the bytes are theirs.
     """
     launches, run = [], JITFunction.run
 
     def compile_only(self, *args, warmup, **options):
-        tensors = [x for arg in args for x in (arg if isinstance(arg, tuple) else [arg])]
-        tensors = [x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)]
-        kernel = run(self, *args, warmup=True, **options)
-        launches.append((kernel, sum(storage.nbytes() for storage in tensors)))
+        tensors = [arg[0] if isinstance(arg, tuple) else arg for arg in args]
+        tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+        size = sum(x.untyped_storage().nbytes() for x in tensors)  # an expanded one has less
+        launches.append((run(self, *args, warmup=True, **options), size))
 
     machine = SimpleNamespace(
         get_current_target=lambda: target,
@@ -66,29 +66,25 @@ def compiled(target, operation, inputs):
 
 
 def machine_code(kernel):
-    """Registers and bytes of scratch (spills, local arrays) per thread; 16-byte and all accesses."""
+    """Registers and scratch bytes (spills, local arrays) of a thread; its global accesses."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, scratch = r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)"
-        code, access, wide = kernel.asm["sass"], r"\b%sG\.\S*", ".128"
-        load, store = "LD", "ST"
+            usage = subprocess.check_output(command, text=True)
+        registers, scratch, wide = r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)", ".128"
+        code, accesses = kernel.asm["sass"], {"loads": r"\bLDG\S*", "stores": r"\bSTG\S*"}
     else:
         registers, scratch = r"\.vgpr_count: *(\d+)", r"\.private_segment_fixed_size: *(\d+)"
-        code, access, wide = kernel.asm["amdgcn"], r"\b(?:global|buffer)_%s_\w+", "dwordx4"
-        usage, load, store = code, "load", "store"
-    loads, stores = re.findall(access % load, code), re.findall(access % store, code)
-    return {
-        "registers": int(re.search(registers, usage)[1]),
-        "scratch": sum(map(int, re.findall(scratch, usage))),
-        "loads_16": sum(wide in x for x in loads),
-        "loads": len(loads),
-        "stores_16": sum(wide in x for x in stores),
-        "stores": len(stores),
-    }
+        code, wide, access = kernel.asm["amdgcn"], "dwordx4", r"\b(?:global|buffer)_%s_\w+"
+        usage, accesses = code, {"loads": access % "load", "stores": access % "store"}
+    report = {"registers": int(re.search(registers, usage)[1])}
+    report["scratch"] = sum(map(int, re.findall(scratch, usage)))
+    for kind, pattern in accesses.items():
+        found = re.findall(pattern, code)
+        report |= {kind: len(found), f"{kind}_16": sum(wide in access for access in found)}
+    return report
 
 
 def compile_report():
@@ -98,27 +94,23 @@ def compile_report():
                 yield {"target": name, "kernel": kernel.name, "bytes": size} | machine_code(kernel)
 
 
-def timing_report(batch=16):
-    """Checks against the reference first; the copy that others are a share of is measured here too."""
+def timing_report(batch=64):
+    """Milliseconds, and the share of a plain copy's speed, after a check against the reference."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source)) / 1e6
     for operation, inputs in wan_inputs(batch, "cuda").items():
-        sizes = [size for _, size in compiled(TARGETS["sm_90"], operation, inputs)]
-        plain, leaves = getattr(reference, operation), [x for x in inputs if x.requires_grad]
-        torch.testing.assert_close(getattr(fused, operation)(*inputs), plain(*inputs))
-        ways = {"eager": plain, "compile": torch.compile(plain), "triton": getattr(fused, operation)}
-        for way, function in ways.items():
-            out = function(*inputs)
-            grad = torch.rand_like(out)
-            passes = {
-                "forward": lambda: function(*inputs),
-                "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
-            }
-            for (name, run), size in zip(passes.items(), sizes):
-                ms = triton.testing.do_bench(run)
-                speed = {"ms": ms, "GB/s": size / ms / 1e6, "of_copy": size / ms / 1e6 / copy}
-                yield {"operation": operation, "pass": name, "way": way} | speed
+        (_, once), (_, back) = compiled(TARGETS["sm_90"], operation, inputs)
+        eager, kernel = getattr(reference, operation), getattr(fused, operation)
+        torch.testing.assert_close(kernel(*inputs), eager(*inputs))
+        grad, leaves = torch.rand_like(eager(*inputs)), [x for x in inputs if x.requires_grad]
+        for way, run in {"eager": eager, "compile": torch.compile(eager), "triton": kernel}.items():
+            both = lambda: torch.autograd.grad(run(*inputs), leaves, grad)
+            passes = {"forward": (lambda: run(*inputs), once), "and backward": (both, once + back)}
+            for name, (call, size) in passes.items():
+                ms = triton.testing.do_bench(call)
+                row = {"operation": operation, "pass": name, "way": way, "bytes": size, "ms": ms}
+                yield row | {"GB/s": size / ms / 1e6, "of_copy": size / ms / 1e6 / copy}
 
 
 if __name__ == "__main__":
@@ -127,5 +119,5 @@ if __name__ == "__main__":
         report[part.__name__] = []
         for row in part():
             report[part.__name__].append(row)
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     print(json.dumps(report))

@@ -8,9 +8,9 @@ With g = dL/dframes = (1 - sigma) dL/dout:
     dL/dx_k = g(x_k) + blend_k g(m_k) + (1 - blend_{k-1}) g(m_{k-1})
     dL/dresidual_k = g(m_k)        dL/dblend_k = sum_c g(m_k) (x_k - x_{k+1})
 
-Bytes: forward reads x0, blend, residual and noise once and writes out once; backward reads x0, blend
-and dL/dout once and writes the three gradients once. To that end a program holds all channels, which
-share blend, and walks along the frames, carrying what two neighbours share.
+Bytes: forward reads x0, blend, residual and noise once and writes out once; backward reads x0,
+blend and dL/dout once and writes the three gradients once. To that end a program holds all
+channels, which share blend, and walks along the frames, carrying what two neighbours share.
 """
 
 import torch
@@ -26,7 +26,8 @@ class InterpolateFrames(torch.autograd.Function):
     def forward(ctx, x0, blend, residual, noise, sigma):
         b, c, f, h, w = x0.shape
         out = x0.new_empty(b, c, 2 * f - 1, h, w)
-        launch(interpolate_forward, x0, blend.expand_as(residual), residual, noise, out, sigma=sigma)
+        videos = (x0, blend.expand_as(residual), residual, noise, out)
+        launch(interpolate_forward, *videos, sigma=sigma)
         ctx.save_for_backward(x0, blend, sigma)
         ctx.residual_dtype = residual.dtype
         return out
@@ -38,7 +39,8 @@ class InterpolateFrames(torch.autograd.Function):
         grad_x0, grad_blend = torch.empty_like(x0), torch.empty_like(blend)
         grad_residual = torch.empty_like(x0[:, :, 1:], dtype=ctx.residual_dtype)
         grads = (grad_x0, grad_blend, grad_residual)
-        launch(interpolate_backward, x0, blend.expand_as(grad_residual), grad, *grads, sigma=sigma)
+        videos = (x0, blend.expand_as(grad_residual), grad, *grads)
+        launch(interpolate_backward, *videos, sigma=sigma)
         # seldom asked for, so no part of the kernel
         grad_noise = grad * sigma.view(-1, 1, 1, 1, 1) if ctx.needs_input_grad[3] else None
         return *grads, grad_noise, None

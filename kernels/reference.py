@@ -1,4 +1,4 @@
-"""Both operations in plain PyTorch: the specification that the Triton kernels are tested against."""
+"""Both operations in plain PyTorch: the specification that the kernels are tested against."""
 
 import torch
 from einops import rearrange
@@ -10,7 +10,7 @@ def temporal_variance(x):
 
 
 def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
-    """x_0 m_0 x_1 m_1 ... x_{f-1}, m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k; renoised."""
+    """x_0 m_0 x_1 ... x_{f-1} with m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k."""
     frames, blend = accurate(x0), accurate(blend)
     left, right, last = frames[:, :, :-1], frames[:, :, 1:], frames[:, :, -1:]
     middle = blend * left + (1 - blend) * right + residual

@@ -10,11 +10,11 @@ OPTIONS = dict(num_warps=2, enable_fp_fusion=False)
 
 
 def rows(*videos):
-    """Each video as the (tensor, strides) that `locate` takes, None as None, and the length of a row.
+    """The (tensor, strides) of each video, as `locate` takes them, and the positions in a row.
 
-    Where every video's rows follow one another in memory, as they do even in `x[:, :, ::2]`, a plane
-    is one row. Triton moves 16 bytes at a time if its length and the strides of b, c and f are
-    multiples of 16, as Wan's are; other videos go in smaller pieces.
+    Where every video's rows follow one another in memory, as they do even in `x[:, :, ::2]`, a
+    plane is one row. Triton moves 16 bytes at a time if its length and the strides of b, c and f
+    are multiples of 16, as Wan's are; other videos go in smaller pieces.
     """
     h, w = videos[0].shape[3:]
     flat = all(x is None or x.stride(3) == w * x.stride(4) for x in videos)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 FRAMES, SIZE = 9, 16
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # hues 0, 60, ..., 300 degrees
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}  # (x, y)
-SLOW, FAST = 0.5, 0.8  # below one a ball moves slowly, above the other fast
-MAX_SPEED = 1.15
+SLOW, FAST = 0.45, 0.7  # below one a ball moves slowly, above the other fast
+MAX_SPEED = 1.0
 NOT_MOVING = 0.15  # slower than this, nobody can name a direction
 VOCABULARY = ("a", *COLOURS, "ball", "moving", *DIRECTIONS, "slowly", "fast")
 
@@ -29,11 +29,12 @@ def make(seed, indices):
     colour, direction = (colour * 6).long(), (direction * 4).long()
     speed, radius = MAX_SPEED * speed.sqrt(), 2.6 + 0.8 * radius
 
-    # The start is drawn so that the ball stays inside: a fast one must start at the right side.
-    margin, travel = radius + 0.5, speed * (FRAMES - 1)
+    # The ball comes in at one side, so that its direction shows in its place from the first frame
+    # on; and it stays inside, so that a fast one starts close to the edge.
+    margin = radius + 0.5
     heading = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[direction]
-    along = margin + along * (SIZE - 2 * margin - travel)
-    across = margin + across * (SIZE - 2 * margin)
+    along = margin + along * (SIZE - 2 * margin - speed * (FRAMES - 1)).clamp(0, 2)
+    across = SIZE / 2 + 5 * (across - 0.5)
     start = torch.where(heading != 0, along[:, None], across[:, None])
     start = torch.where(heading < 0, SIZE - start, start)
     centre = start[:, None] + heading[:, None] * speed[:, None, None] * torch.arange(FRAMES)[:, None]
@@ -162,7 +163,7 @@ def score(video, prompts):
         "colour": right_colour.float(),
         "direction": torch.where(is_open, nan, right_direction.float()),
         "prompt": (r["whole"] & right_colour & right_direction & right_speed).float(),
-        "dynamic": (speed > 0.35).float(),
+        "dynamic": (speed > 0.3).float(),
         "speed": speed,
         "open_speed": torch.where(is_open, speed, nan),
         "saturation": r["saturation"],
