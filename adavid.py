@@ -310,23 +310,25 @@ def few_steps(student, noise, text, timesteps, strides, interpolator=None, gener
     a stride falls, the interpolator fills in the frames. Without one, every step is full rate.
     """
     strides = strides if interpolator is not None else (1,) * len(timesteps)
-    if (noise.shape[2] - 1) % strides[0]:
-        raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: "
-                         f"their number must be 1 modulo {strides[0]}")
+    b, c, f, h, w = noise.shape
+    if (f - 1) % strides[0]:
+        raise ValueError(f"{f} latent frames do not fit stride {strides[0]}: their number must be "
+                         f"1 modulo {strides[0]}")
     grad = torch.is_grad_enabled()
-    x_t = noise[:, :, ::strides[0]]
-    for i, (timestep, stride) in enumerate(zip(timesteps, strides)):
-        last = i + 1 == len(timesteps)
+    x_t, t = noise[:, :, ::strides[0]], torch.full((b,), float(timesteps[0]), device=noise.device)
+    for i, stride in enumerate(strides):
+        last = i + 1 == len(strides)
+        next_stride = 1 if last else strides[i + 1]
         with torch.set_grad_enabled(grad and last):
-            t = torch.full((len(noise),), float(timestep), device=noise.device)
             x0 = predict_x0(student, x_t, t, text, stride)
-            next_stride = 1 if last else strides[i + 1]
-            while stride > next_stride:
+            while stride > (1 if last else 2 * next_stride):
                 x0, stride = interpolator(x0), stride // 2
             if last:
                 return x0
+            renoise = interpolator if stride > next_stride else add_noise
+            fresh = draw(torch.randn, (b, c, 1 + (f - 1) // next_stride, h, w), noise, generator)
             t = torch.full_like(t, timesteps[i + 1])
-            x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
+            x_t = renoise(x0, fresh, t)
 
 
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
@@ -411,16 +413,16 @@ class FrameInterpolator(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x0):
-        b, _, f, h, w = x0.shape
-        if f == 1:
-            return x0
+    def forward(self, x0, noise=None, t=None):
+        """With `noise` at the doubled rate and `t` `[b]`, renoised in the same pass."""
+        b, _, _, h, w = x0.shape
         pairs = torch.cat([x0[:, :, :-1], x0[:, :, 1:]], dim=1).to(self.out.weight.dtype)
         skip = self.enter(rearrange(pairs, "b c f h w -> (b f) c h w"))
         deep = self.up(F.interpolate(self.down(skip), size=(h, w)))
         out = self.out(self.leave(torch.cat([skip, deep], dim=1)))
         out = rearrange(out, "(b f) c h w -> b c f h w", b=b).to(x0.dtype)
-        return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:])
+        sigma = None if t is None else t / 1000
+        return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:], noise, sigma)
 
     @classmethod
     def from_pretrained(cls, path):

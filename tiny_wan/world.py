@@ -8,8 +8,8 @@ A video is `b c f h w`, RGB in [0, 1]. Lengths are in pixels, speeds in pixels p
 
 import math
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 FRAMES, SIZE = 9, 16
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # hues 0, 60, ..., 300 degrees
@@ -22,10 +22,11 @@ VOCABULARY = ("a", *COLOURS, "ball", "moving", *DIRECTIONS, "slowly", "fast")
 
 def make(seed, indices):
     """Videos `[b, 3, 9, 16, 16]` and their prompts. Sample i of a seed is the same in any batch."""
-    u = torch.stack([
-        torch.rand(20, generator=torch.Generator().manual_seed((seed << 32) + i)) for i in indices])
+    # NumPy's seeds take any number of words; torch's generator looks at 32 bits alone.
+    u = torch.from_numpy(np.stack([
+        np.random.default_rng((seed, i)).random(17, dtype=np.float32) for i in indices]))
     (name_motion, name_speed, colour, hue, saturation, value, grey, tint_r, tint_g, tint_b, slope,
-     slope_angle, radius, speed, direction, along, across, *_) = u.unbind(1)
+     slope_angle, radius, speed, direction, along, across) = u.unbind(1)
     colour, direction = (colour * 6).long(), (direction * 4).long()
     speed, radius = MAX_SPEED * speed.sqrt(), 2.6 + 0.8 * radius
 
@@ -169,3 +170,10 @@ def score(video, prompts):
         "saturation": r["saturation"],
         "flicker": r["flicker"],
     }
+
+
+def diversity(video, real):
+    """How widely readings vary over a set of videos, as a share of how they do over real ones."""
+    names = ("x", "y", "vx", "vy", "radius", "saturation")
+    ours, theirs = (torch.stack([read(v)[name] for name in names]).std(dim=1) for v in (video, real))
+    return (ours / theirs).mean().item()

@@ -1,0 +1,366 @@
+"""The method's functions, each against its equation and its contract."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import adavid
+from adavid import AVDConfig, FrameInterpolator, LossMeanCache
+from tiny_wan import PRESETS, WanConfig, WanModel
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Recorder:
+    """A model that notes its calls and answers with a fixed function of its input."""
+
+    def __init__(self, answer=lambda x: 0.1 * x):
+        self.calls, self.answer = [], answer
+
+    def __call__(self, x, t, text, **kwargs):
+        self.calls.append((x, t, kwargs))
+        return self.answer(x)
+
+
+# --- flow matching, guidance -------------------------------------------------------------------
+
+def test_velocity_leads_back_to_the_clean_video():
+    x0, noise, t = randn(3, 4, 5, 2, 2), randn(3, 4, 5, 2, 2, seed=1), torch.tensor([20.0, 522, 1000])
+    x_t = adavid.add_noise(x0, noise, t)
+    torch.testing.assert_close(adavid.velocity_to_x0(noise - x0, x_t, t), x0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x_t[2], noise[2])
+
+
+def test_guidance_at_scale_one_is_the_conditional_and_at_zero_the_unconditional():
+    cond, uncond = randn(2, 3), randn(2, 3, seed=1)
+    torch.testing.assert_close(adavid.guide(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(adavid.guide(cond, uncond, 0.0), uncond)
+    torch.testing.assert_close(adavid.guide(cond, uncond, 5.0), 5 * cond - 4 * uncond)
+
+
+# --- distribution matching ---------------------------------------------------------------------
+
+def test_dmd_gradient_is_equation_4_with_one_normaliser_for_each_sample():
+    x0, fake, real = (randn(2, 3, 4, 5, 6, seed=i) for i in range(3))
+    x0[1] *= 100
+    g = adavid.dmd_gradient(x0, fake, real)
+    for i in range(2):
+        torch.testing.assert_close(g[i], (fake[i] - real[i]) / (x0[i] - real[i]).abs().mean())
+
+
+def test_dmd_gradient_of_zero_by_zero_is_zero_and_nothing_else_is_hidden():
+    x = randn(1, 2, 3, 2, 2)
+    assert adavid.dmd_gradient(x, x, x).eq(0).all()
+    assert adavid.dmd_gradient(x, x + 1, x).isinf().all()
+    assert adavid.dmd_gradient(x, x * math.nan, x).isnan().all()
+
+
+def test_dmd_loss_has_the_dmd_gradient():
+    x0, g = randn(2, 3, 4, 5, 6).requires_grad_(), randn(2, 3, 4, 5, 6, seed=1)
+    adavid.dmd_loss(x0, g).backward()
+    torch.testing.assert_close(x0.grad, g / x0.numel(), atol=1e-9, rtol=1e-4)
+
+
+def test_dmd_loss_keeps_in_bf16_a_gradient_that_bf16_would_round_away():
+    x0 = torch.full((1, 1, 1, 1, 4), 100.0, dtype=torch.bfloat16, requires_grad=True)
+    adavid.dmd_loss(x0, torch.full(x0.shape, 1e-2)).backward()
+    torch.testing.assert_close(x0.grad.float(), torch.full(x0.shape, 1e-2 / 4), rtol=1e-2, atol=0)
+    assert adavid.dmd_gradient(x0, x0, x0 + 1).dtype == torch.float32
+
+
+def test_the_teacher_is_guided_and_the_critic_is_not():
+    config = AVDConfig(guidance_scale=3.0)
+    teacher, critic = Recorder(), Recorder()
+    x0 = randn(2, 3, 5, 2, 2)
+    adavid.distribution_matching_loss(x0, teacher, critic, randn(2, 4, 6), randn(1, 2, 6), config)
+    assert (len(teacher.calls), len(critic.calls)) == (2, 1)
+    assert all(torch.equal(call[0], critic.calls[0][0]) for call in teacher.calls)
+
+
+def test_timesteps_are_shifted_towards_noise_and_clamped():
+    t = adavid.draw_timesteps(torch.zeros(20_000, 1, 1, 1, 1), AVDConfig(),
+                              torch.Generator().manual_seed(0))
+    assert t.min() == 20 and t.max() == 980
+    assert t.median() == pytest.approx(1000 * 5 * 0.5 / 3, rel=0.01)
+
+
+# --- Loss Mean Cache ---------------------------------------------------------------------------
+
+def test_cache_weighs_with_the_mean_from_before_the_update():
+    cache = LossMeanCache(4)
+    one, three = torch.tensor([1.0]), torch.tensor([3.0])
+    step = torch.tensor([2])
+    assert cache(step, one).item() == pytest.approx(0.5)  # an empty entry becomes the first mean
+    weight = cache(step, three)
+    assert weight.item() == pytest.approx(1 - 1 / (1 + math.exp(-3.0 * 2.0)), abs=1e-6)
+    assert cache.means.tolist() == pytest.approx([0, 0, 0.95 * 1 + 0.05 * 3, 0])
+
+
+def test_cache_makes_one_ema_step_with_the_batch_mean_of_each_timestep():
+    cache = LossMeanCache(3, decay=0.9, k=2.0)
+    cache(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    weight = cache(torch.tensor([0, 0, 1]), torch.tensor([2.0, 4.0, 2.0]))
+    expected = [1 - torch.sigmoid(torch.tensor(2.0 * d)).item() for d in (1.0, 3.0, 0.0)]
+    assert weight.tolist() == pytest.approx(expected)
+    assert cache.means.tolist() == pytest.approx([0.9 * 1 + 0.1 * 3, 2.0, 0.0])
+
+
+def test_cache_carries_no_gradient_and_its_state_is_buffers():
+    cache = LossMeanCache(4)
+    loss = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert not cache(torch.tensor([0, 1]), loss).requires_grad
+    other = LossMeanCache(4)
+    other.load_state_dict(cache.state_dict())
+    assert torch.equal(other.means, cache.means) and not list(cache.parameters())
+    assert cache.means.shape == (4,) and cache.means.dtype == torch.float32
+
+
+def test_regression_at_a_rate_sees_every_second_frame_and_is_told_so():
+    student, config = Recorder(), AVDConfig()
+    loss = adavid.regression_loss(student, randn(2, 3, 5, 2, 2), None, torch.tensor([0, 1]), config, 2)
+    (x_t, t, kwargs), = student.calls
+    assert x_t.shape[2] == 3 and kwargs == {"frame_stride": 2} and t.tolist() == [1000, 900]
+    assert loss.shape == (2,)
+
+
+def test_regression_steps_are_uniform_whatever_the_strides():
+    real = torch.zeros(1000, 1, 1, 1, 1)
+    for strides in ((1, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1)):
+        steps = torch.cat([adavid.draw_regression_steps(
+            real, i, strides, torch.Generator().manual_seed(i)) for i in range(4)])
+        assert (steps.bincount(minlength=4) / len(steps)).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+# --- temporal regularisation -------------------------------------------------------------------
+
+def test_temporal_loss_is_equation_8():
+    x0 = randn(3, 2, 5, 4, 4)
+    expected = -torch.log(x0.var(2, unbiased=False).mean((1, 2, 3)) + 1e-6)
+    torch.testing.assert_close(adavid.temporal_loss(x0), expected.mean())
+    assert adavid.temporal_loss(torch.ones(1, 2, 5, 4, 4)).item() == pytest.approx(-math.log(1e-6))
+
+
+def test_truncation_is_per_sample_and_removes_value_and_gradient():
+    x0 = torch.stack([randn(2, 5, 4, 4), 0.01 * randn(2, 5, 4, 4, seed=1)]).requires_grad_()
+    loss = adavid.temporal_loss(x0, truncation=0.6)
+    loss.backward()
+    torch.testing.assert_close(loss, adavid.temporal_loss(x0[1:]) / 2)
+    assert x0.grad[0].eq(0).all() and x0.grad[1].ne(0).any()
+
+
+# --- interpolator ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(2, 16, 3, 7, 5), (1, 12, 1, 8, 8), (1, 4, 5, 1, 1)])
+def test_untrained_interpolator_is_the_mean_of_the_neighbours_and_keeps_given_frames(shape):
+    x0 = randn(*shape)
+    full = FrameInterpolator(shape[1])(x0)
+    assert full.shape[2] == 2 * shape[2] - 1
+    assert torch.equal(full[:, :, ::2], x0)
+    torch.testing.assert_close(full[:, :, 1::2], (x0[:, :, 1:] + x0[:, :, :-1]) / 2)
+
+
+def test_interpolator_renoises_as_add_noise_does_and_passes_gradients():
+    net = FrameInterpolator(4, width=16)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(1))
+    x0, noise = randn(2, 4, 3, 6, 5).requires_grad_(), randn(2, 4, 5, 6, 5, seed=1)
+    t = torch.tensor([757.0, 522.0])
+    torch.testing.assert_close(net(x0, noise, t), adavid.add_noise(net(x0), noise, t))
+    net(x0)[:, :, 1::2].sum().backward()
+    assert x0.grad.ne(0).all()
+    net.bfloat16()
+    assert net(x0.detach().bfloat16()).dtype == torch.bfloat16
+
+
+def test_interpolator_comes_back_from_its_file(tmp_path):
+    net = FrameInterpolator(4, width=16)
+    torch.nn.init.normal_(net.out.weight, generator=torch.Generator().manual_seed(1))
+    net.save_pretrained(tmp_path / "interpolator.safetensors")
+    again = FrameInterpolator.from_pretrained(tmp_path / "interpolator.safetensors")
+    x0 = randn(1, 4, 3, 5, 5)
+    assert torch.equal(net(x0), again(x0))
+
+
+# --- samplers ----------------------------------------------------------------------------------
+
+def reference_sampler(model, noise, text, config, interpolator, generator):
+    """The decoupled sampler for strides (2, 2, 1, 1), written out."""
+    def x0_at(x, t, **rate):
+        return x - t / 1000 * model(x, torch.full((len(x),), float(t)), text, **rate)
+
+    def again(x0, t):
+        sigma = t / 1000
+        return (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator)
+
+    x0 = x0_at(noise[:, :, ::2], 1000, frame_stride=2)
+    x0 = interpolator(x0_at(again(x0, 900), 900, frame_stride=2))
+    x0 = x0_at(again(x0, 757), 757)
+    return x0_at(again(x0, 522), 522)
+
+
+def test_decoupled_sampler_equals_its_steps_written_out():
+    torch.manual_seed(0)
+    model = WanModel(PRESETS["tiny"]).init_weights()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    interpolator = FrameInterpolator(12, width=16)
+    torch.nn.init.normal_(interpolator.out.weight, std=0.1)
+    noise, text = randn(2, 12, 9, 4, 4), randn(2, 6, 15, seed=1)
+    ours = adavid.sample(model, noise, text, AVDConfig(), interpolator,
+                         torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        theirs = reference_sampler(model, noise, text, AVDConfig(), interpolator,
+                                   torch.Generator().manual_seed(5))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strides, frames", [
+    ((2, 2, 1, 1), [11, 11, 21, 21]), ((4, 2, 1, 1), [6, 11, 21, 21]), ((4, 4, 1, 1), [6, 6, 21, 21]),
+    ((4, 4, 4, 4), [6, 6, 6, 6]), ((1, 1, 1, 1), [21] * 4)])
+def test_each_step_runs_at_its_own_rate_and_the_video_is_full_rate(strides, frames):
+    student = Recorder()
+    video = adavid.sample(student, randn(1, 4, 21, 2, 2), None, AVDConfig(strides=strides),
+                          FrameInterpolator(4, width=16))
+    assert [call[0].shape[2] for call in student.calls] == frames
+    assert [call[2].get("frame_stride", 1) for call in student.calls] == list(strides)
+    assert video.shape[2] == 21
+
+
+def test_without_an_interpolator_every_step_is_full_rate():
+    student = Recorder()
+    adavid.sample(student, randn(1, 4, 21, 2, 2), None, AVDConfig())
+    assert [call[0].shape[2] for call in student.calls] == [21] * 4
+    assert all(call[2] == {} for call in student.calls)
+
+
+def test_frames_that_do_not_fit_the_stride_are_refused():
+    with pytest.raises(ValueError, match="1 modulo 2"):
+        adavid.sample(Recorder(), randn(1, 4, 8, 2, 2), None, AVDConfig(), FrameInterpolator(4))
+
+
+def test_a_list_of_generators_makes_samples_independent_of_the_batch():
+    student, noise = Recorder(), randn(3, 4, 5, 2, 2)
+    seeds = lambda *s: [torch.Generator().manual_seed(i) for i in s]
+    together = adavid.sample(student, noise, None, AVDConfig(), None, seeds(1, 2, 3))
+    alone = adavid.sample(student, noise[1:2], None, AVDConfig(), None, seeds(2))
+    assert torch.equal(together[1:2], alone)
+
+
+def test_half_rate_step_really_runs_half_the_tokens():
+    """21 -> 11 latent frames at Wan-1.3B's size: 0.35 of the FLOPs, as attention is quadratic."""
+    with torch.device("meta"):
+        model = WanModel(PRESETS["wan-1.3b"])
+        x, t, text = torch.empty(1, 16, 21, 60, 104), torch.empty(1), torch.empty(1, 512, 4096)
+
+    def flops(x, **rate):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, text, **rate)
+        return counter.get_total_flops()
+
+    ratio = flops(x[:, :, ::2], frame_stride=2) / flops(x)
+    assert ratio == pytest.approx(0.35, abs=0.01)
+
+
+def test_teacher_sampler_takes_guided_euler_steps_on_the_shifted_grid():
+    calls = Recorder(lambda x: torch.ones_like(x))
+    noise = randn(2, 3, 5, 2, 2)
+    out = adavid.sample_teacher(calls, noise, randn(2, 3, 4), randn(1, 2, 4), steps=4)
+    torch.testing.assert_close(out, noise - 1)  # the whole way down a constant velocity
+    times = [call[1][0].item() for call in calls.calls[::2]]
+    assert times == pytest.approx([1000 * 5 * u / (1 + 4 * u) for u in (1, 0.75, 0.5, 0.25)])
+
+
+# --- backward simulation, the whole losses -----------------------------------------------------
+
+def test_backward_simulation_stops_at_its_step_and_only_that_step_has_gradients():
+    weight = torch.ones((), requires_grad=True)
+    for step in range(4):
+        enabled = []
+        student = lambda x, t, text: enabled.append(torch.is_grad_enabled()) or weight * x
+        x0 = adavid.backward_simulation(student, randn(2, 4, 5, 2, 2), None, step, AVDConfig())
+        assert enabled == [False] * step + [True]
+        assert torch.autograd.grad(x0.sum(), weight)[0] != 0
+
+
+def test_backward_simulation_with_all_its_steps_is_the_sampler():
+    student, noise = Recorder(), randn(2, 4, 5, 2, 2)
+    net, config = FrameInterpolator(4), AVDConfig(train_strides=(2, 2, 1, 1))
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    torch.testing.assert_close(
+        adavid.backward_simulation(student, noise, None, 3, config, net, generators[0]),
+        adavid.sample(student, noise, None, config, net, generators[1]))
+
+
+def test_half_rate_training_scores_full_videos_and_its_gradient_passes_the_interpolator():
+    weight = torch.ones((), requires_grad=True)
+    config = AVDConfig(train_strides=(2, 2, 1, 1))
+    net = FrameInterpolator(4).requires_grad_(False)
+    x0 = adavid.backward_simulation(lambda x, t, text, frame_stride=1: weight * x,
+                                    randn(1, 4, 5, 2, 2), None, 1, config, net)
+    assert x0.shape[2] == 5
+    assert torch.autograd.grad(x0[:, :, 1].sum(), weight)[0] != 0
+
+
+def test_critic_loss_is_flow_matching_and_never_reaches_the_student():
+    x0 = randn(2, 4, 5, 2, 2).requires_grad_()
+    weight = torch.ones((), requires_grad=True)
+    adavid.critic_loss(lambda x, t, text: weight * x, x0, None, AVDConfig()).backward()
+    assert x0.grad is None and weight.grad != 0
+
+
+def student_loss(config=AVDConfig(), **changes):
+    torch.manual_seed(0)
+    tiny = WanConfig(32, 64, 2, 1, in_dim=4, out_dim=4, text_dim=6, text_len=5)
+    student, teacher, critic = (WanModel(tiny).init_weights(i) for i in range(3))
+    for model in (student, teacher, critic):
+        torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    config = replace(config, **changes)
+    cache = LossMeanCache(len(config.timesteps), config.ema_decay, config.k)
+    loss, parts = adavid.student_loss(
+        student, teacher, critic, cache, randn(4, 4, 5, 4, 4), randn(4, 3, 6), torch.zeros(1, 0, 6),
+        1, config, FrameInterpolator(4, width=16), torch.Generator().manual_seed(0))
+    return loss, parts, student
+
+
+def test_student_loss_is_equation_9():
+    loss, parts, student = student_loss(temporal_truncation=-100.0)
+    total = parts["kl"] + 2.0 * (parts["weight"] * parts["reg"]).mean() + 0.05 * parts["temp"]
+    torch.testing.assert_close(loss, total)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_without_regression_nothing_is_regressed():
+    _, parts, _ = student_loss(lambda_reg=0.0)
+    assert "reg" not in parts
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+def test_config_has_the_papers_values():
+    c = AVDConfig()
+    assert (c.timesteps, c.strides, c.train_strides) == ((1000, 900, 757, 522), (2, 2, 1, 1), (1,) * 4)
+    assert (c.guidance_scale, c.shift, c.t_range) == (5.0, 5.0, (20, 980))
+    assert (c.lambda_reg, c.k, c.ema_decay) == (2.0, 3.0, 0.95)
+    assert (c.lambda_temp, c.temporal_eps, c.temporal_truncation) == (0.05, 1e-6, 0.6)
+    assert (c.critic_updates, c.lr, c.critic_lr) == (5, 2e-6, 2e-6)
+    assert (c.betas, c.weight_decay, c.grad_clip) == ((0.9, 0.999), 0.01, 10.0)
+
+
+def test_config_survives_its_json():
+    config = AVDConfig(strides=(4, 2, 1, 1), k=10.0)
+    assert AVDConfig.from_json(config.to_json()) == config
+    assert AVDConfig().to_json() == "{}"
+
+
+@pytest.mark.parametrize("wrong", [
+    {"strides": (2, 1)}, {"strides": (1, 2, 1, 1)}, {"train_strides": (3, 1, 1, 1)},
+    {"timesteps": (522, 757, 900, 1000)}, {"timesteps": (1000, 900, 757, 0)}])
+def test_config_refuses_schedules_that_make_no_sense(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AVDConfig(**wrong)
