@@ -150,23 +150,24 @@ def file_name(prompt):
     return re.sub(r"[^\w-]+", "_", prompt).strip("_")[:100]
 
 
-def enlarge(video):
-    """`c f h w` in [0, 1] -> frames `f h w c` of bytes, at least 128 pixels high."""
-    times = max(1, 128 // video.shape[-2])
-    frames = rearrange((255 * video).round().byte(), "c f h w -> f h w c")
-    return frames.repeat_interleave(times, 1).repeat_interleave(times, 2).numpy()
+def to_bytes(frames, height, least):
+    """`... h w c` in [0, 1] -> bytes, each pixel repeated until a frame is `least` pixels high."""
+    times = max(1, least // height)
+    frames = (255 * frames).round().byte()
+    return frames.repeat_interleave(times, -3).repeat_interleave(times, -2).numpy()
 
 
 def write_video(path, video, fps):
     """An mp4 of one video `[3, f, h, w]` in [0, 1]."""
-    iio.imwrite(path, enlarge(video), fps=fps, codec="libx264", macro_block_size=2)
+    frames = to_bytes(rearrange(video, "c f h w -> f h w c"), video.shape[-2], least=256)
+    iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2)
 
 
 def write_contact_sheet(path, videos, columns=9):
     """A picture with a row for each video `[b, 3, f, h, w]` and a column for each frame."""
     frames = torch.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().long()
-    sheet = rearrange(videos[:, :, frames], "b c f h w -> c 1 (b h) (f w)")
-    iio.imwrite(path, enlarge(sheet)[0])
+    sheet = rearrange(videos[:, :, frames], "b c f h w -> (b h) (f w) c")
+    iio.imwrite(path, to_bytes(sheet, videos.shape[-2], least=64))
 
 
 if __name__ == "__main__":

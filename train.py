@@ -79,6 +79,8 @@ class Teacher(Run):
     """decay of the averaged weights that are kept"""
     compile: bool = False
     """torch.compile the model: a minute to start, then a quarter less time"""
+    score_prompts: int = 256
+    """fixed prompts that the finished teacher is scored on"""
     avd: AVDConfig = field(default_factory=lambda: AVDConfig(
         guidance_scale=3.0, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99)))
     """what students of this teacher use in place of the paper's numbers, stored with the weights;
@@ -166,7 +168,8 @@ def train_teacher(args):
         lr = args.lr * min(1, (step + 1) / 100, 2 * (1 - done))
         norm = descend(loss, model, (muon, adamw), lr, max_norm=1.0)
         decay = min(args.ema, (step + 1) / (step + 30))  # the first weights are soon forgotten
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
 
     def sample(noise, text):
@@ -178,7 +181,7 @@ def train_teacher(args):
     real = codec.encode(world.make(args.seed, range(4096))[0])
     level = -kernels.temporal_variance(real).mean().log().item()
     avd = replace(args.avd, temporal_truncation=round(level, 2))
-    scores = draw_grid(None, sample, codec, device, prompts=256)
+    scores = draw_grid(None, sample, codec, device, prompts=args.score_prompts)
     ema.half().save_pretrained(args.out, metadata={
         "avd": avd.to_json(), "seed": str(args.seed), "minutes": f"{minutes:.0f}",
         "scores": json.dumps(scores)})
@@ -253,7 +256,7 @@ def distill(args):
         loss, parts = adavid.student_loss(student, teacher, critic, cache, real, text, null_text,
                                           step, config, interpolator, generator)
         norm = descend(loss, student, (student_optimizer,), config.lr, config.grad_clip)
-        metrics |= {"student_grad_norm": norm, "step": step,
+        metrics |= {"student_grad_norm": norm, "rollout_step": step,
                     "data_variance": kernels.temporal_variance(real).mean().item()}
         metrics |= {name: parts[name].mean().item() for name in parts if name != "reg_step"}
         for i, timestep in enumerate(config.timesteps if "reg_step" in parts else ()):
@@ -365,8 +368,10 @@ def loop(args, state, update, show):
 
 def flags(args):
     """What must not change while a run goes on. The teacher only carries its students' `avd`."""
-    free = ["out", "device", "save_every", "sample_every"] + ["avd"] * isinstance(args, Teacher)
-    return json.dumps({k: v for k, v in asdict(args).items() if k not in free}, default=str)
+    free = ["out", "device", "save_every", "sample_every", "score_prompts"]
+    free += ["avd"] * isinstance(args, Teacher)
+    values = {k: v for k, v in asdict(args).items() if k not in free}
+    return json.dumps(values | values.pop("avd", {}), default=str)
 
 
 def save(args, state, step):
@@ -393,6 +398,8 @@ def resume(args, state):
         return 0
     with checkpoint.open_weights(file) as weights:
         metadata = weights.metadata() or {}
+    if "flags" not in metadata:
+        raise ValueError(f"{file}: not a checkpoint of this program; choose another --out")
     then, now = json.loads(metadata["flags"]), json.loads(flags(args))
     if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]:
         raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed)}); "

@@ -19,22 +19,28 @@ def run(program, options, argv=None):
     try:
         with contextlib.redirect_stderr(complaint):
             args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
+        for name in ("steps", "batch_size", "save_every", "sample_every", "score_prompts"):
+            if getattr(args, name, 1) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     except SystemExit as end:
         box = (line.strip("│ ") for line in complaint.getvalue().splitlines()[1:-1])
         if end.code:
             fail(" ".join(takewhile(lambda line: not line.startswith("──"), box)) + " (see --help)")
         return end.code or 0
+    except ValueError as error:
+        fail(error)
+        return 2
     try:
         return program(args) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(error)
         return 2
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def pick_device(name):

@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all the set-up themselves; they need python3 (3.10 or later) alone.
+
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+demo: .venv/ready  ## distil the toy teacher twice and write runs/demo/report.html
+	$(RUN) -m tools.demo
+
+test: .venv/ready  ## all tests, on the CPU
+	$(RUN) -m pytest -q
+
+results: .venv/ready  ## the README's table, about an hour
+	$(RUN) -m tools.results
+
+weights: .venv/ready  ## train the shipped teacher and interpolator again, about an hour
+	$(RUN) train.py teacher --out runs/teacher --compile
+	$(RUN) train.py interpolator --out runs/interpolator
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'Python 3.10 or later is needed; try: make PYTHON=python3.12'"
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:  ## the environment and all runs
+	rm -rf .venv runs
+
+.PHONY: demo test results weights clean

@@ -1,0 +1,76 @@
+"""From prompts to files, and what a wrong command says."""
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+
+
+def run(toy_folder, out, *args):
+    return sample.main([*args, "--model", str(toy_folder), "--out", str(out), "--device", "cpu"])
+
+
+def latents(out):
+    return load_file(out / "latents.safetensors")["latents"]
+
+
+def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a blue ball\n\na green ball moving up\n")
+    assert run(toy_folder, tmp_path / "out", "a red ball", "--prompts-file", str(file)) == 0
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["a_blue_ball-1.mp4", "a_green_ball_moving_up-2.mp4", "a_red_ball-0.mp4",
+                     "contact_sheet.png"]
+    assert iio.imread(tmp_path / "out" / "a_red_ball-0.mp4").shape == (9, 256, 256, 3)
+    assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 64, 9 * 64, 3)
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("load: ", "text: ", "sample: ", "decode and write: "))
+
+
+def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
+    run(toy_folder, tmp_path / "a", "a red ball", "a blue ball", "--save-latents")
+    run(toy_folder, tmp_path / "b", "a red ball", "a blue ball", "--save-latents", "--batch-size", "1")
+    run(toy_folder, tmp_path / "c", "a blue ball", "--save-latents", "--seed", "1")
+    torch.testing.assert_close(latents(tmp_path / "a"), latents(tmp_path / "b"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents(tmp_path / "a")[1:], latents(tmp_path / "c"), atol=1e-5, rtol=0)
+
+
+def test_teacher_full_rate_and_decoupled_are_three_different_samplers(toy_folder, tmp_path):
+    flags = {"teacher": ["--teacher", "--steps", "3"], "full": ["--full-rate"], "decoupled": []}
+    results = []
+    for name, extra in flags.items():
+        assert run(toy_folder, tmp_path / name, "a red ball", "--save-latents", *extra) == 0
+        results.append(latents(tmp_path / name))
+    assert all(not torch.equal(results[i], results[i - 1]) for i in range(3))
+
+
+def test_guidance_is_the_teachers_unless_it_is_given(toy_folder, tmp_path):
+    teacher = ["a red ball", "--teacher", "--steps", "2", "--save-latents"]
+    for name, extra in {"a": [], "b": ["--guidance-scale", "5"], "c": ["--guidance-scale", "1"]}.items():
+        run(toy_folder, tmp_path / name, *teacher, *extra)
+    assert torch.equal(latents(tmp_path / "a"), latents(tmp_path / "b"))
+    assert not torch.equal(latents(tmp_path / "a"), latents(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("args, says", [
+    ([], "no prompts"),
+    (["a purple ball"], "'purple'"),
+    (["a red ball", "--steps", "x"], "x"),
+    (["a red ball", "--teacher", "--steps", "0"], "steps"),
+    (["--prompts-file", "missing.txt"], "missing.txt"),
+])
+def test_bad_input_gets_one_line(toy_folder, tmp_path, capsys, args, says):
+    code = run(toy_folder, tmp_path / "out", *args)
+    error = capsys.readouterr().err
+    assert code == 2 and says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, says", [(b"\xff\xfe\x00bad", "UTF-8"), (b"\n \n", "no prompts")])
+def test_a_bad_prompt_file_gets_one_line(toy_folder, tmp_path, capsys, content, says):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    assert run(toy_folder, tmp_path / "out", "--prompts-file", str(file)) == 2
+    error = capsys.readouterr().err
+    assert says in error and "prompts.txt" in error and error.count("\n") == 1

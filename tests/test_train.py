@@ -1,0 +1,208 @@
+"""Training to the end, resuming, and what a wrong command says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from adavid import AVDConfig, FrameInterpolator
+from tiny_wan import WanModel, checkpoint
+
+ROOT = Path(train.__file__).parent
+
+
+def distill(toy_folder, out, *flags, steps=2):
+    return train.main(["distill", "--model", str(toy_folder), "--out", str(out), "--steps",
+                       str(steps), "--batch-size", "2", "--device", "cpu", *map(str, flags)])
+
+
+def tensors(out):
+    return load_file(out / "checkpoint.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def complaint(capsys, code):
+    """What a refused command said: one line (after any progress bar), and code 2."""
+    *_, last = error = capsys.readouterr().err.splitlines()
+    assert code == 2 and last.startswith("error: "), error
+    assert sum("error" in line.lower() for line in error) == 1 and "Traceback" not in str(error)
+    return last
+
+
+# --- the stages --------------------------------------------------------------------------------
+
+def test_teacher_stage_ends_in_a_model_that_loads(tmp_path):
+    assert train.main(["teacher", "--out", str(tmp_path), "--steps", "3", "--batch-size", "4",
+                       "--device", "cpu", "--score-prompts", "2"]) == 0
+    model = WanModel.from_pretrained(tmp_path)
+    assert model.head.head.weight.dtype == torch.float16
+    metadata = checkpoint.read_metadata(tmp_path)
+    assert {"avd", "seed", "minutes", "scores"} <= metadata.keys()
+    config = sample.load_config(tmp_path)
+    assert config.lr == 1e-4 and 2 < config.temporal_truncation < 3 and config.k == 3.0
+    assert (tmp_path / "samples" / "000003.png").exists()
+
+
+def test_interpolator_stage_learns_to_beat_the_plain_mean(tmp_path):
+    assert train.main(["interpolator", "--out", str(tmp_path), "--steps", "120", "--batch-size",
+                       "8", "--lr", "3e-3", "--device", "cpu"]) == 0
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-20:]
+    assert sum(m["loss"] for m in last) < 0.9 * sum(m["plain_mean"] for m in last)
+    FrameInterpolator.from_pretrained(tmp_path / "interpolator.safetensors")
+
+
+def test_distill_trains_student_and_critic_and_logs_what_health_needs(toy_folder, tmp_path):
+    assert distill(toy_folder, tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert {"loss", "kl", "reg", "temp", "weight", "critic", "variance", "data_variance",
+            "student_grad_norm", "critic_grad_norm", "cache_1000", "cache_522"} <= lines[-1].keys()
+    assert not any("seconds" in line for line in lines)
+    assert len((tmp_path / "times.jsonl").read_text().splitlines()) == 2
+    teacher, state = WanModel.from_pretrained(toy_folder).state_dict(), tensors(tmp_path)
+    for model in ("student", "critic"):
+        assert any(not torch.equal(state[f"{model}.{name}"], p) for name, p in teacher.items())
+    assert sample.load_config(tmp_path) == sample.load_config(toy_folder)
+    assert (tmp_path / "interpolator.safetensors").exists()
+
+
+CHANGES = {
+    "timesteps": (1000, 800, 600, 400), "strides": (1, 1, 1, 1), "train_strides": (2, 2, 2, 2),
+    "guidance_scale": 1.0, "shift": 1.0, "t_range": (400, 500), "lambda_reg": 1.0, "k": 30.0,
+    "ema_decay": 0.1, "lambda_temp": 1.0, "temporal_eps": 1.0, "temporal_truncation": 100.0,
+    "critic_updates": 1, "lr": 1e-2, "critic_lr": 1e-2, "betas": (0.5, 0.5), "weight_decay": 0.5,
+    "grad_clip": 1e-8}
+
+
+@pytest.fixture(scope="module")
+def unchanged(toy_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unchanged")
+    distill(toy_folder, out, steps=4)
+    return out
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(AVDConfig)])
+def test_every_number_of_the_method_changes_behaviour(name, toy_folder, unchanged, tmp_path):
+    value = CHANGES[name]
+    values = value if isinstance(value, tuple) else (value,)
+    distill(toy_folder, tmp_path, "--" + name.replace("_", "-"), *values, steps=4)
+    assert getattr(sample.load_config(tmp_path), name) == value
+    if name == "strides":  # sampling's alone
+        runs = [(out / "samples" / "000004.png").read_bytes() for out in (unchanged, tmp_path)]
+        assert runs[0] != runs[1]
+    else:
+        assert not equal(tensors(unchanged), tensors(tmp_path))
+
+
+# --- resuming ----------------------------------------------------------------------------------
+
+def test_an_interrupted_run_ends_with_the_weights_of_an_unbroken_one(toy_folder, tmp_path):
+    """Ctrl-C in a real process, then the same command again."""
+    command = [sys.executable, "train.py", "distill", "--model", str(toy_folder), "--batch-size",
+               "2", "--steps", "40", "--save-every", "1000", "--device", "cpu", "--out"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, env=env, check=True)
+
+    broken = tmp_path / "broken"
+    process = subprocess.Popen([*command, str(broken)], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    log = broken / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130 and "the same command resumes there" in error
+    assert 5 <= int(json.loads(log.read_text().splitlines()[-1])["step"]) < 39
+
+    subprocess.run([*command, str(broken)], cwd=ROOT, env=env, check=True)
+    assert equal(tensors(tmp_path / "whole"), tensors(broken))
+    assert log.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["teacher", "interpolator"])
+def test_the_other_stages_resume_exactly_too(stage, tmp_path, monkeypatch):
+    run = [stage, "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu",
+           *["--score-prompts", "1"] * (stage == "teacher")]
+    assert train.main([*run, "--out", str(tmp_path / "whole")]) == 0
+
+    save = train.save
+
+    def save_and_die(args, state, step):
+        save(args, state, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_and_die)
+    assert train.main([*run, "--out", str(tmp_path / "broken")]) == 130
+    monkeypatch.undo()
+    assert train.main([*run, "--out", str(tmp_path / "broken")]) == 0
+    assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "broken"))
+
+
+def test_metrics_after_the_last_checkpoint_are_written_once(toy_folder, tmp_path):
+    distill(toy_folder, tmp_path, steps=2)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2}\n')
+    assert distill(toy_folder, tmp_path, steps=2) == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+def test_a_bad_flag_gets_one_line(capsys):
+    assert "--kk" in complaint(capsys, train.main(["distill", "--out", "x", "--kk", "3"]))
+    assert "abc" in complaint(capsys, train.main(["distill", "--out", "x", "--k", "abc"]))
+    assert "--out" in complaint(capsys, train.main(["distill"]))
+    assert "teacher" in complaint(capsys, train.main(["distil"]))
+    assert "strides" in complaint(
+        capsys, train.main(["distill", "--out", "x", "--strides", "1", "2", "1", "1"]))
+    assert "cuda" in complaint(capsys, train.main(["interpolator", "--out", "x", "--device", "cuda"])
+                               ) or torch.cuda.is_available()
+
+
+def test_a_missing_or_damaged_teacher_gets_one_line(toy_folder, tmp_path, capsys):
+    assert "nowhere" in complaint(capsys, distill(tmp_path / "nowhere", tmp_path / "out"))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"not a model")
+    assert "safetensors" in complaint(capsys, distill(tmp_path, tmp_path / "out"))
+
+
+def test_a_damaged_checkpoint_gets_one_line_and_stays(toy_folder, tmp_path, capsys):
+    distill(toy_folder, tmp_path, steps=1)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    assert "checkpoint.safetensors" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    save_file({"x": torch.zeros(1)}, file)
+    assert "checkpoint.safetensors" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    assert file.exists()
+
+
+def test_other_flags_do_not_resume_a_run(toy_folder, tmp_path, capsys):
+    distill(toy_folder, tmp_path, steps=1)
+    assert "k was 3.0, now 7.0" in complaint(capsys, distill(toy_folder, tmp_path, "--k", 7, steps=1))
+
+
+def test_an_output_folder_that_is_a_file_gets_one_line(toy_folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert "out" in complaint(capsys, distill(toy_folder, tmp_path / "out"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_path, capsys):
+    assert "nan" in complaint(capsys, distill(toy_folder, tmp_path, "--lr", "1e30", steps=4))
+
+
+def test_help_explains_every_flag(capsys):
+    for stage in ("teacher", "interpolator", "distill"):
+        assert train.main([stage, "--help"]) == 0
+        assert "resume" in capsys.readouterr().out
