@@ -119,9 +119,11 @@ def load_config(path):
 
 
 def load_interpolator(path, device):
-    """The interpolator that lies beside a model's weights, or None."""
+    """The interpolator that lies beside a model's weights, frozen, or None."""
     file = Path(path) / "interpolator.safetensors"
-    return adavid.FrameInterpolator.from_pretrained(file).to(device).eval() if file.exists() else None
+    if not file.exists():
+        return None
+    return adavid.FrameInterpolator.from_pretrained(file).float().to(device).requires_grad_(False)
 
 
 class timed:

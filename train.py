@@ -164,9 +164,8 @@ def train_teacher(args):
         error = (v - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
         loss = (error * (sigma / args.sigma_floor).clamp(max=1) ** 2).mean()
 
-        done = step / args.steps
-        lr = args.lr * min(1, (step + 1) / 100, 2 * (1 - done))
-        norm = descend(loss, model, (muon, adamw), lr, max_norm=1.0)
+        lr = warmed_up_and_decayed(args, step)
+        norm = descend("model", loss, model, (muon, adamw), lr, max_norm=1.0)
         decay = min(args.ema, (step + 1) / (step + 30))  # the first weights are soon forgotten
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -198,8 +197,8 @@ def train_interpolator(args):
         x0 = codec.encode(world.make(args.seed, range(first, first + args.batch_size))[0]).to(device)
         loss = adavid.interpolation_loss(model, x0)
         mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2
-        lr = args.lr * min(1, (step + 1) / 100, 2 * (1 - step / args.steps))
-        norm = descend(loss, model, (optimizer,), lr, max_norm=1.0)
+        lr = warmed_up_and_decayed(args, step)
+        norm = descend("interpolator", loss, model, (optimizer,), lr, max_norm=1.0)
         return {"loss": loss.item(), "plain_mean": F.mse_loss(mean, x0[:, :, 1::2]).item(),
                 "grad_norm": norm, "lr": lr}
 
@@ -249,13 +248,15 @@ def distill(args):
                 x0 = adavid.backward_simulation(student, noise, text, step, config, interpolator,
                                                 generator)
             loss = adavid.critic_loss(critic, x0, text, config, generator)
-            norm = descend(loss, critic, (critic_optimizer,), config.critic_lr, config.grad_clip)
+            norm = descend("critic", loss, critic, (critic_optimizer,), config.critic_lr,
+                           config.grad_clip)
             metrics |= {"critic": loss.item(), "critic_grad_norm": norm}
 
         real, text, step, generator = batch(first + config.critic_updates)
         loss, parts = adavid.student_loss(student, teacher, critic, cache, real, text, null_text,
                                           step, config, interpolator, generator)
-        norm = descend(loss, student, (student_optimizer,), config.lr, config.grad_clip)
+        norm = descend("student", loss, student, (student_optimizer,), config.lr,
+                       config.grad_clip)
         metrics |= {"student_grad_norm": norm, "rollout_step": step,
                     "data_variance": kernels.temporal_variance(real).mean().item()}
         metrics |= {name: parts[name].mean().item() for name in parts if name != "reg_step"}
@@ -279,14 +280,18 @@ def distill(args):
         shutil.copyfile(args.model / "interpolator.safetensors", args.out / "interpolator.safetensors")
 
 
-def descend(loss, model, optimizers, lr, max_norm):
-    """One step down the gradient; its norm. A ValueError stops before a bad one is taken."""
+def warmed_up_and_decayed(args, step):
+    """The learning rate: up over 100 steps, down to zero over the last half."""
+    return args.lr * min(1, (step + 1) / 100, 2 * (1 - step / args.steps))
+
+
+def descend(name, loss, model, optimizers, lr, max_norm):
+    """One step down the gradient; its norm. FloatingPointError before a bad one is taken."""
     model.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not norm.isfinite():
-        raise ValueError(f"the loss is {loss.item():g} and its gradient's norm {norm.item():g}; "
-                         f"the last checkpoint is untouched. A lower learning rate may help")
+        raise FloatingPointError(f"the {name}'s loss is {loss.item():g}, its gradient {norm:g}")
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -343,7 +348,11 @@ def loop(args, state, update, show):
             open(args.out / "times.jsonl", "a") as times_log:
         for step in bar:
             began = time.perf_counter()
-            metrics = update(step)
+            try:
+                metrics = update(step)
+            except FloatingPointError as error:
+                raise ValueError(f"step {step}: {error}; the last checkpoint is untouched, and a "
+                                 f"lower learning rate may help") from None
             done = step + 1
             print(json.dumps({"step": step} | metrics), file=metrics_log, flush=True)
             seconds = time.perf_counter() - began

@@ -8,8 +8,8 @@ so scores, posterior means, KL divergences and even the end of a distillation ha
 A prompt's embedding is the mean of its videos. The teacher N(text, S) under guidance of scale s
 is then exactly N(null + s (text - null), S): guidance moves its mean and keeps its covariance.
 
-Expectations are sums, not estimates: the points of `normals` have the exact moments of noise, and
-all that meets them here is affine in the noise, or a product of two such.
+Expectations are sums, not estimates: the points of `normals` have noise's exact mean and
+covariance, and all that is averaged over them is affine in the noise, or a product of two such.
 """
 
 from functools import partial
@@ -22,6 +22,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 import adavid
 
 SHAPE, D = (1, 2, 1, 2), 4  # c f h w
+SIGMA = 0.2  # where a whole distillation is predicted
 tensor = partial(torch.tensor, dtype=torch.float64)
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # dmd_gradient is float32
 
@@ -63,16 +64,12 @@ class Gaussian:
         C = (1 - sigma[..., None])**2 * self.covariance + sigma[..., None]**2 * torch.eye(D)
         return MultivariateNormal((1 - sigma) * self.mean, C)
 
-    def gain(self, sigma):
-        """(1 - sigma) S C^-1 on each axis: how far the posterior mean follows x_t."""
-        return (1 - sigma) * self.variances / ((1 - sigma)**2 * self.variances + sigma**2)
-
     def __call__(self, x_t, t, text):
-        """v = (x_t - E[x0 | x_t]) / sigma, where the posterior mean is
-        mean + (1 - sigma) S C^-1 (x_t - (1 - sigma) mean)."""
+        """v = (x_t - E[x0 | x_t]) / sigma. The posterior mean is a Wiener filter on each axis:
+        E[x0 | x_t] = mean + (1 - sigma) S C^-1 (x_t - (1 - sigma) mean)."""
         x, sigma = x_t.flatten(1), t[:, None] / 1000
-        innovation = (x - (1 - sigma) * self.mean) @ self.axes
-        x0 = self.mean + (self.gain(sigma) * innovation) @ self.axes.T
+        gain = (1 - sigma) * self.variances / ((1 - sigma)**2 * self.variances + sigma**2)
+        x0 = self.mean + ((x - (1 - sigma) * self.mean) @ self.axes * gain) @ self.axes.T
         return ((x - x0) / sigma).view_as(x_t)
 
 
@@ -211,11 +208,8 @@ def test_distribution_matching_alone_recovers_the_guided_teacher():
 # ---------------------------------------------------------------------------------------------
 
 
-SIGMA = 0.2
-
-
 def middle(weight):
-    """The student that theory predicts."""
+    """The student that theory predicts, with L_KL at SIGMA."""
     p, axes = 2 * adavid.AVDConfig().lambda_reg * weight / (1 - SIGMA)**2, GUIDED.axes
     precision = 1 / ((1 - SIGMA)**2 * GUIDED.variances + SIGMA**2)
     mean = (precision * (GUIDED.mean @ axes) + p * (REAL.mean @ axes)) / (precision + p)

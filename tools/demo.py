@@ -1,10 +1,10 @@
-"""The whole of the method within minutes: distil the toy teacher twice, and compare.
+"""The whole method within minutes: distil the toy teacher twice, side by side, and compare.
 
     python -m tools.demo
 
-Plain distribution matching (DMD) and the full method (AVD) learn from the same teacher, on the same
-videos, side by side in two processes. Ends with `report.html` and `demo.gif` (tools/report.py).
-Ctrl-C saves both; the same command again goes on where they stopped.
+Plain distribution matching (DMD) and the full method (AVD) learn from one teacher on the same
+videos, each in a process of its own; tools/report.py then draws `report.html` and `demo.gif`.
+Ctrl-C saves both runs, and the same command goes on with them.
 """
 
 import os
@@ -18,15 +18,15 @@ from sample import WEIGHTS, load_config, timed
 from tools import cli, report
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-WITHOUT = {"dmd": ("--lambda-reg", "0", "--lambda-temp", "0"), "avd": ()}  # what each leaves out
+FLAGS = {"dmd": ["--lambda-reg", "0", "--lambda-temp", "0"], "avd": []}
 
 
 @dataclass
 class Demo:
-    """Distil the toy teacher with DMD and with AVD, side by side, and compare them on one page."""
+    """Distil the toy teacher with DMD and with AVD, and compare the students on one page."""
 
     out: Path = Path("runs/demo")
-    """folder of the two runs, of the report and of the moving picture"""
+    """folder of both runs, of the report and of the moving picture"""
     model: Path = WEIGHTS
     """folder of the teacher, and of its interpolator"""
     steps: int = 30
@@ -42,7 +42,7 @@ def main(argv=None):
 
 
 def run(args):
-    load_config(args.model)  # a missing teacher is one complaint here, and not one of each child
+    load_config(args.model)  # a missing teacher is one complaint, rather than one of each child
     with timed("distillation"):
         distil(args)
     with timed("report"):
@@ -53,32 +53,32 @@ def run(args):
 def distil(args):
     """Both runs at once, each on half of the cores. ValueError where one fails."""
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
-    children = {}
-    with open(args.out / "dmd.log", "w") as log:
-        for name, flags in WITHOUT.items():
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}
+    log, children = args.out / "dmd.log", {}
+    with open(log, "wb") as file:
+        for name, output in {"dmd": file, "avd": None}.items():
             command = [sys.executable, TRAIN, "distill", "--out", args.out / name,
                        "--model", args.model, "--steps", args.steps,
-                       "--batch-size", args.batch_size, "--seed", args.seed, *flags]
-            output = {"stdout": log, "stderr": log} if name == "dmd" else {}
-            # In a session of its own a child does not hear the terminal's Ctrl-C: it would take
-            # that and ours for a second one, which does not wait. (Windows' console asks alone.)
-            children[name] = subprocess.Popen([str(part) for part in command], env=environment,
-                                              start_new_session=True, **output)
+                       "--batch-size", args.batch_size, "--seed", args.seed, *FLAGS[name]]
+            # A terminal sends Ctrl-C to its whole session. The children get one of their own and
+            # hear it from us alone: a second one would end them without saving.
+            children[name] = subprocess.Popen(
+                [str(part) for part in command], env=os.environ | threads, stdout=output,
+                stderr=output, start_new_session=True)
     try:
         codes = {name: child.wait() for name, child in children.items()}
     except KeyboardInterrupt:
         for child in children.values():
-            if os.name != "nt":
+            if os.name != "nt":  # Windows has no sessions: its children have heard
                 child.send_signal(signal.SIGINT)
         for child in children.values():
             child.wait()
         raise
     if codes["dmd"]:
-        last = (args.out / "dmd.log").read_text().splitlines() or ["it wrote nothing"]
-        raise ValueError(f"{args.out / 'dmd'}: {last[-1].removeprefix('error: ')}")
+        *_, last = log.read_text(errors="replace").splitlines() or ["no word"]
+        raise ValueError(f"DMD: {last.removeprefix('error: ')} (more in {log})")
     if codes["avd"]:
-        raise ValueError(f"{args.out / 'avd'}: ended with code {codes['avd']}, as said above")
+        raise ValueError(f"AVD ended with exit code {codes['avd']}; its last words are above")
 
 
 if __name__ == "__main__":
