@@ -138,7 +138,7 @@ def shifted(u, shift):
 
 
 def draw(random, shape, like, generator=None):
-    """`random(shape)` (torch.rand or torch.randn) with the device and dtype of `like`.
+    """`random(shape)` (torch.rand or torch.randn) on the device of `like`, float32 at least.
 
     A list of generators, one for each sample, makes every sample's numbers its own, whatever the
     batch or the rank it is in. Numbers are drawn on the generator's device, then moved.
@@ -146,7 +146,8 @@ def draw(random, shape, like, generator=None):
     if isinstance(generator, list):
         return torch.stack([draw(random, shape[1:], like, g) for g in generator])
     device = like.device if generator is None else generator.device
-    return random(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 has no 757: it rounds to 756
+    return random(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
 def draw_timesteps(x0, config, generator=None):
@@ -251,7 +252,7 @@ def regression_loss(student, x0, text, step, config, stride=1, generator=None):
     says nothing about x0, and the velocity's does. At stride s only every s-th frame takes part.
     """
     x0 = x0[:, :, ::stride]
-    t = torch.tensor(config.timesteps, dtype=x0.dtype, device=x0.device)[step]
+    t = torch.tensor(config.timesteps, dtype=torch.float32, device=x0.device)[step]
     noise = draw(torch.randn, x0.shape, x0, generator)
     v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
     return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))

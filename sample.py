@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import torch
 import tyro
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -123,7 +124,11 @@ def load_interpolator(path, device):
     file = Path(path) / "interpolator.safetensors"
     if not file.exists():
         return None
-    return adavid.FrameInterpolator.from_pretrained(file).float().to(device).requires_grad_(False)
+    try:
+        interpolator = adavid.FrameInterpolator.from_pretrained(file)
+    except (SafetensorError, KeyError, RuntimeError):
+        raise ValueError(f"{file}: damaged, or not a frame interpolator's file") from None
+    return interpolator.to(device).requires_grad_(False)
 
 
 class timed:

@@ -129,6 +129,16 @@ def test_regression_at_a_rate_sees_every_second_frame_and_is_told_so():
     assert loss.shape == (2,)
 
 
+def test_bf16_latents_do_not_round_the_timesteps():
+    """bfloat16 has no 757: the student would learn at 756 and sample at 757."""
+    student, real = Recorder(), randn(4, 3, 5, 2, 2).bfloat16()
+    adavid.regression_loss(student, real, None, torch.arange(4), AVDConfig())
+    adavid.sample(student, real, None, AVDConfig())
+    assert student.calls[0][1].tolist() == [1000, 900, 757, 522]
+    assert [call[1][0].item() for call in student.calls[1:]] == [1000, 900, 757, 522]
+    assert len(adavid.draw_timesteps(real.repeat(64, 1, 1, 1, 1), AVDConfig()).unique()) > 200
+
+
 def test_regression_steps_are_uniform_whatever_the_strides():
     real = torch.zeros(1000, 1, 1, 1, 1)
     for strides in ((1, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1)):

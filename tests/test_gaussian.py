@@ -282,3 +282,17 @@ def test_the_teachers_euler_steps_end_in_its_guided_distribution():
     assert all(1.9 < coarse / fine < 2.1 for coarse, fine in pairwise(errors))
     limit = 2 * ends[-1] - ends[-2]
     assert_close(limit, GUIDED.videos(z), rtol=0, atol=1e-3)
+
+
+def test_four_steps_of_posterior_means_lose_two_thirds_of_the_variance(monkeypatch):
+    """Where regression ends without distribution matching."""
+    z, *renoise = normals(4)
+    draw_in_turn(monkeypatch, renoise)
+    config, variances = adavid.AVDConfig(), torch.zeros(D)
+    x0 = adavid.sample(REAL, z, prompts(z), config).flatten(1)
+    for sigma in (t / 1000 for t in config.timesteps):
+        gain = (1 - sigma) * REAL.variances / ((1 - sigma)**2 * REAL.variances + sigma**2)
+        variances = gain**2 * ((1 - sigma)**2 * variances + sigma**2)
+    assert_close(x0.mean(0), REAL.mean)
+    assert_close(x0.T.cov(correction=0), Gaussian(REAL.mean, variances, REAL.axes).covariance)
+    assert (variances < REAL.variances / 3).all()

@@ -1,5 +1,7 @@
 """From prompts to files, and what a wrong command says."""
 
+import shutil
+
 import imageio.v3 as iio
 import pytest
 import torch
@@ -74,3 +76,13 @@ def test_a_bad_prompt_file_gets_one_line(toy_folder, tmp_path, capsys, content, 
     assert run(toy_folder, tmp_path / "out", "--prompts-file", str(file)) == 2
     error = capsys.readouterr().err
     assert says in error and "prompts.txt" in error and error.count("\n") == 1
+
+
+def test_a_damaged_interpolator_gets_one_line(toy_folder, tmp_path, capsys):
+    model = shutil.copytree(toy_folder, tmp_path / "model")
+    for content in (b"", (model / "config.json").read_bytes(),
+                    (model / "diffusion_pytorch_model.safetensors").read_bytes()):
+        (model / "interpolator.safetensors").write_bytes(content)
+        assert run(model, tmp_path / "out", "a red ball") == 2
+        error = capsys.readouterr().err
+        assert "interpolator.safetensors" in error and error.count("\n") == 1

@@ -36,6 +36,7 @@ from tiny_wan import ToyCodec, WanModel, checkpoint, world
 from tools import cli
 
 DEMO_SEED = 1001  # its prompts are for this report alone: no training run uses it
+PROMPTS, TEACHER_PROMPTS = 64, 32  # whose steps take most of the time
 TEACHER_STEPS = 50
 BATCH_SIZE = 16
 DURATIONS = [125] * (world.FRAMES - 1) + [625]  # milliseconds: a rest before it starts again
@@ -71,14 +72,14 @@ def main(argv=None):
     return cli.run(lambda args: print(f"open {write(args.out, args.model)}"), Report, argv)
 
 
-def write(out, model, prompts=64, teacher_prompts=32):
+def write(out, model):
     """Sample, score and draw; the page's path. ValueError where `out` holds no finished demo."""
     logs = {run: read_log(out / run) for run in RUNS}
-    real, prompts, shown = shown_first(*world.make(DEMO_SEED, range(prompts)))
+    real, prompts, shown = shown_first(*world.make(DEMO_SEED, range(PROMPTS)))
     columns = [Column("Real data", "of the same prompts", real),
-               *sample_all(out, model, prompts, teacher_prompts)]
+               *sample_all(out, model, prompts)]
     _, teacher, _, dmd, *_, avd = columns
-    draw_gif(out / "demo.gif", (teacher, dmd, avd), prompts[:min(shown, 4)])
+    draw_gif(out / "demo.gif", (teacher, dmd, avd), prompts[:4])
     page = out / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Adaptive Video Distillation</title>
@@ -126,7 +127,7 @@ def shown_first(videos, prompts):
     return videos[order], [prompts[i] for i in order], len(front)
 
 
-def sample_all(out, model, prompts, teacher_prompts):
+def sample_all(out, model, prompts):
     """A Column of each sampler."""
     device, codec = cli.pick_device("auto"), ToyCodec()
     teacher, dmd, avd = (WanModel.from_pretrained(folder, torch.float32, device).eval()
@@ -155,7 +156,8 @@ def sample_all(out, model, prompts, teacher_prompts):
         return Column(name, how, torch.cat(videos), forwards, median(seconds))
 
     steps = f"{len(config.timesteps)} steps"
-    yield column("Teacher", f"{TEACHER_STEPS} guided steps", guided, 2 * TEACHER_STEPS, teacher_prompts)
+    yield column("Teacher", f"{TEACHER_STEPS} guided steps", guided, 2 * TEACHER_STEPS,
+                 TEACHER_PROMPTS)
     yield column("Teacher", f"{steps}, not distilled", few(teacher))
     yield column("DMD", steps, few(dmd))
     yield column("AVD", steps, few(avd))
@@ -240,9 +242,9 @@ def charts(logs):
               "Healthy: it falls, then hovers. A long climb: the critic has lost the student."),
         chart("The critic's loss", of_runs("critic"),
               "Healthy: level, without steps up. It tells how well the critic knows the student."),
-        chart("Adaptive regression, L<sub>reg</sub>, and its Loss Mean Cache",
+        chart("Adaptive regression, L<sub>reg</sub>",
               of_timesteps("reg", lambda t: curve(logs["avd"], f"cache_{t}")),
-              "AVD alone; the cached means are bold. Healthy: they are calm, and level or falling."),
+              "AVD alone; bold is the Loss Mean Cache. Healthy: it is calm, and level or falling."),
         chart("Adaptive weight, w",
               of_timesteps("weight", lambda t: smooth(curve(logs["avd"], f"weight_{t}"))),
               "Healthy: spread around one half. All exactly there: k is too small to adapt."),
@@ -273,7 +275,7 @@ def chart(title, lines, caption):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
         axes = figure.subplots()
         for label, colour, measured, averaged in lines:
-            axes.plot(*measured, color=colour, alpha=0.35, linewidth=0.8)
+            axes.plot(*measured, color=colour, alpha=0.45, linewidth=0.8)
             axes.plot(*averaged, color=colour, label=label)
         axes.legend(frameon=False, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1),
                     borderpad=0, handlelength=1, columnspacing=1)
@@ -307,7 +309,7 @@ body { max-width: 54rem; margin: 0 auto; padding: 2rem 1rem 4rem; background: va
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; margin: 1rem 0 .5rem }
 h2 { font-size: 1.25rem; margin: 3rem 0 1rem } h3 { font-size: .95rem; margin: 0 0 .25rem }
-th { font-weight: 400; text-align: left; vertical-align: top } sub { line-height: 0 }
+th { font-weight: 400; text-align: left; vertical-align: top; padding: 0 }
 .note, figcaption, small, thead { font-size: .8rem; line-height: 1.4; color: var(--soft) }
 .videos, .videos tbody { display: block }
 .videos tr { display: grid; grid-template-columns: repeat(6, 1fr) }
@@ -322,7 +324,7 @@ th { font-weight: 400; text-align: left; vertical-align: top } sub { line-height
 .numbers th:first-child { padding-left: 0; min-width: 7.5rem }
 .numbers th:not(:first-child), .numbers td { text-align: right; font-variant-numeric: tabular-nums }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 2rem }
-figure { margin: 0 } svg { width: 100%; height: auto } svg text { font-family: inherit !important }
+figure { margin: 0 } sub { font-size: .7em; line-height: 0 } svg { width: 100%; height: auto } svg text { font-family: inherit !important }
 @media (max-width: 40rem) { body { padding: .5rem .75rem 3rem } h1 { font-size: 1.6rem }
   .videos thead { font-size: .6rem } .numbers { font-size: .8rem } }
 """
