@@ -281,7 +281,7 @@ def temporal_loss(x0, eps=1e-6, truncation=None):
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:
-        loss = torch.where(loss > truncation, loss, 0.0)
+        loss = torch.where(loss <= truncation, 0.0, loss)  # in this order NaN is not hidden
     return loss.mean()
 
 

@@ -162,6 +162,7 @@ def test_truncation_is_per_sample_and_removes_value_and_gradient():
     loss.backward()
     torch.testing.assert_close(loss, adavid.temporal_loss(x0[1:]) / 2)
     assert x0.grad[0].eq(0).all() and x0.grad[1].ne(0).any()
+    assert adavid.temporal_loss(x0 * math.nan, truncation=0.6).isnan()
 
 
 # --- interpolator ------------------------------------------------------------------------------

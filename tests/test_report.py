@@ -1,5 +1,6 @@
 """The demo, from a teacher to a page that stands alone."""
 
+import base64
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
+from tiny_wan import checkpoint
 from tools import demo, report
 
 VOID = {"meta", "br", "img"}  # HTML tags that never close
@@ -72,8 +74,8 @@ def test_the_moving_picture_is_small_and_moves_for_ever(folder):
 
 def test_moving_pictures_keep_every_pixel():
     video = torch.rand(3, 9, 16, 16)
-    with_tag = report.moving_picture(video, "")
-    data = report.base64.b64decode(with_tag.partition("base64,")[2].partition('"')[0])
+    tag = report.moving_picture(video, "")
+    data = base64.b64decode(tag.partition("base64,")[2].partition('"')[0])
     assert (iio.imread(data, extension=".webp", index=...) == report.to_frames(video)).all()
 
 
@@ -88,7 +90,7 @@ def test_a_folder_without_a_whole_demo_is_one_line(folder, toy_folder, tmp_path,
     out = tmp_path / "out"
     if broken != "missing":
         shutil.copytree(folder, out)
-        file = {"log": "metrics.jsonl", "weights": report.checkpoint.FILE}[broken]
+        file = {"log": "metrics.jsonl", "weights": checkpoint.FILE}[broken]
         (out / "avd" / file).write_text("{")
     assert report.main([str(out), "--model", str(toy_folder)]) == 2
     said = capsys.readouterr().err
@@ -102,8 +104,8 @@ def test_a_run_that_fails_is_named_with_its_last_line(folder, toy_folder, capsys
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
 def test_ctrl_c_saves_both_runs(toy_folder, tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "tools.demo", *flags(toy_folder, tmp_path, "999")],
-                               stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tools.demo", *flags(toy_folder, tmp_path, "999")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     logs = [tmp_path / run / "times.jsonl" for run in ("dmd", "avd")]
     while not all(log.exists() and log.read_text() for log in logs):
         assert process.poll() is None

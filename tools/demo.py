@@ -65,12 +65,13 @@ def distil(args):
             children[name] = subprocess.Popen(
                 [str(part) for part in command], env=os.environ | threads, stdout=output,
                 stderr=output, start_new_session=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         codes = {name: child.wait() for name, child in children.items()}
     except KeyboardInterrupt:
         for child in children.values():
             if os.name != "nt":  # Windows has no sessions: its children have heard
-                child.send_signal(signal.SIGINT)
+                child.terminate()  # train.py saves, as on Ctrl-C; while it loads, it ends silently
         for child in children.values():
             child.wait()
         raise

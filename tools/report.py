@@ -28,6 +28,7 @@ import torch
 import tyro
 from einops import rearrange
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 import adavid
@@ -36,7 +37,7 @@ from tiny_wan import ToyCodec, WanModel, checkpoint, world
 from tools import cli
 
 DEMO_SEED = 1001  # its prompts are for this report alone: no training run uses it
-PROMPTS, TEACHER_PROMPTS = 64, 32  # whose steps take most of the time
+PROMPTS, TEACHER_PROMPTS = 64, 32  # fewer for the teacher, whose steps take most of the time
 TEACHER_STEPS = 50
 BATCH_SIZE = 16
 DURATIONS = [125] * (world.FRAMES - 1) + [625]  # milliseconds: a rest before it starts again
@@ -74,10 +75,10 @@ def main(argv=None):
 
 def write(out, model):
     """Sample, score and draw; the page's path. ValueError where `out` holds no finished demo."""
+    torch.set_num_threads(1)  # a second one saves seconds here, and costs minutes on a busy machine
     logs = {run: read_log(out / run) for run in RUNS}
     real, prompts, shown = shown_first(*world.make(DEMO_SEED, range(PROMPTS)))
-    columns = [Column("Real data", "of the same prompts", real),
-               *sample_all(out, model, prompts)]
+    columns = [Column("Real data", "of the same prompts", real), *sample_all(out, model, prompts)]
     _, teacher, _, dmd, *_, avd = columns
     draw_gif(out / "demo.gif", (teacher, dmd, avd), prompts[:4])
     page = out / "report.html"
@@ -85,8 +86,8 @@ def write(out, model):
 <html lang="en"><head><meta charset="utf-8"><title>Adaptive Video Distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>From {teacher.forwards} forwards to {avd.forwards}</h1>
-<p>One toy teacher, two students: <b>DMD</b> matches its distribution and nothing else, <b>AVD</b> is
-the full method. After {len(logs["avd"])} updates, {avd.forwards} steps draw a video
+<p>One toy teacher, two students: <b>DMD</b> matches its distribution and nothing else,
+<b>AVD</b> is the full method. After {len(logs["avd"])} updates, {avd.forwards} steps draw a video
 {teacher.seconds / avd.seconds:.0f} times faster than the teacher's {TEACHER_STEPS}.</p>
 <h2>The same prompts, the same noise</h2>{video_table(columns, prompts[:shown])}
 <h2>Scores</h2>{score_table(columns, prompts)}
@@ -187,7 +188,8 @@ def video_table(columns, prompts):
     rows = [[escape(prompt)] + [moving_picture(c.videos[i], f"{prompt}: {c.name}") for c in columns]
             for i, prompt in enumerate(prompts)]
     return table("videos", ["", *heads], rows) + (
-        f"<p class=note>Forwards and seconds are those of one video, in batches of {BATCH_SIZE}.</p>")
+        f"<p class=note>Forwards and seconds are those of one video in a batch of {BATCH_SIZE}, "
+        f"{'on a GPU' if cli.pick_device('auto').type != 'cpu' else 'on one thread'}.</p>")
 
 
 def moving_picture(video, alt):
@@ -219,14 +221,15 @@ def score_table(columns, prompts):
              "saturation", "flicker"]
     return f"<div class=wide>{table('numbers', heads, rows)}</div>" + (
         f"<p class=note>Read from the pixels. Speed in pixels per frame; saturation and flicker as "
-        f"multiples of real data's. Bold: of those with {columns[-1].forwards} forwards, the closest "
-        f"to real data. One prompt in {len(prompts)} makes {100 / len(prompts):.1f} %, so small "
-        f"differences mean nothing.</p>")
+        f"multiples of real data's. Bold: of those with {columns[-1].forwards} forwards, the one "
+        f"closest to real data. One prompt of {len(prompts)} makes {100 / len(prompts):.1f} %, so "
+        f"small differences mean nothing.</p>")
 
 
 def charts(logs):
     """How both runs went, and under each chart what a healthy one looks like."""
-    timesteps = [name.removeprefix("cache_") for name in logs["avd"][-1] if "cache_" in name]
+    names = dict.fromkeys(name for line in logs["avd"] for name in line)
+    timesteps = [name.removeprefix("cache_") for name in names if name.startswith("cache_")]
 
     def of_runs(name):
         return [(label, colour, curve(logs[run], name), smooth(curve(logs[run], name)))
@@ -241,17 +244,18 @@ def charts(logs):
         chart("Distribution matching, L<sub>KL</sub>", of_runs("kl"),
               "Healthy: it falls, then hovers. A long climb: the critic has lost the student."),
         chart("The critic's loss", of_runs("critic"),
-              "Healthy: level, without steps up. It tells how well the critic knows the student."),
+              "Healthy: level, or rising slowly while the videos sharpen. A jump: it lost them."),
         chart("Adaptive regression, L<sub>reg</sub>",
               of_timesteps("reg", lambda t: curve(logs["avd"], f"cache_{t}")),
-              "AVD alone; bold is the Loss Mean Cache. Healthy: it is calm, and level or falling."),
+              "AVD alone; bold is the Loss Mean Cache. Healthy: calm. At t = 1000 it rises, as the "
+              "mean of all videos turns into one of them."),
         chart("Adaptive weight, w",
               of_timesteps("weight", lambda t: smooth(curve(logs["avd"], f"weight_{t}"))),
               "Healthy: spread around one half. All exactly there: k is too small to adapt."),
         chart("Temporal regularisation, L<sub>temp</sub>", of_runs("temp"),
-              "DMD only measures it. Healthy: it falls to zero, where every video moves enough."),
+              "DMD only measures it. Healthy: it nears zero, where every video moves enough."),
         chart("Temporal variance", [("real data", INK, data, smooth(data))] + of_runs("variance"),
-              "Healthy: near the real data's. Far below, videos stand still; far above, they shake."),
+              "Healthy: it nears real data's. Far below, videos freeze; far above, they jump."),
     ]) + "</div>"
 
 
@@ -279,6 +283,7 @@ def chart(title, lines, caption):
             axes.plot(*averaged, color=colour, label=label)
         axes.legend(frameon=False, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1),
                     borderpad=0, handlelength=1, columnspacing=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step", fontsize="small", loc="right")
         svg = StringIO()
         figure.savefig(svg, format="svg", transparent=True,
@@ -313,7 +318,8 @@ th { font-weight: 400; text-align: left; vertical-align: top; padding: 0 }
 .note, figcaption, small, thead { font-size: .8rem; line-height: 1.4; color: var(--soft) }
 .videos, .videos tbody { display: block }
 .videos tr { display: grid; grid-template-columns: repeat(6, 1fr) }
-.videos thead { display: block; position: sticky; top: 0; padding: .5rem 0; background: var(--paper) }
+.videos thead { display: block; position: sticky; top: 0; padding: .5rem 0;
+  background: var(--paper) }
 .videos thead th { padding-right: .5rem } .videos thead b { color: var(--ink) }
 .videos th:empty { display: none } .videos tbody th { grid-column: 1 / -1; padding: .7rem 0 .2rem }
 .videos td { padding: 0 4px 0 0 }
@@ -324,7 +330,8 @@ th { font-weight: 400; text-align: left; vertical-align: top; padding: 0 }
 .numbers th:first-child { padding-left: 0; min-width: 7.5rem }
 .numbers th:not(:first-child), .numbers td { text-align: right; font-variant-numeric: tabular-nums }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 2rem }
-figure { margin: 0 } sub { font-size: .7em; line-height: 0 } svg { width: 100%; height: auto } svg text { font-family: inherit !important }
+figure { margin: 0 } sub { font-size: .7em; line-height: 0 } svg { width: 100%; height: auto }
+svg text { font-family: inherit !important }
 @media (max-width: 40rem) { body { padding: .5rem .75rem 3rem } h1 { font-size: 1.6rem }
   .videos thead { font-size: .6rem } .numbers { font-size: .8rem } }
 """
@@ -335,15 +342,16 @@ figure { margin: 0 } sub { font-size: .7em; line-height: 0 } svg { width: 100%; 
 # ---------------------------------------------------------------------------------------------
 
 
-def draw_gif(path, columns, prompts, cell=128, gap=10, left=150, top=70):
+def draw_gif(path, columns, prompts, cell=112, gap=10, left=150, top=70):
     """For the top of a README: a row for each prompt, captions at the left and at the top."""
-    title, text = (ImageFont.load_default(size) for size in (20, 14))
+    title, text = (ImageFont.truetype(findfont(font), size)
+                   for font, size in (("DejaVu Sans:bold", 16), ("DejaVu Sans", 12)))
     xs = [left + i * (cell + gap) for i in range(len(columns))]
     ys = [top + i * (cell + gap) for i in range(len(prompts))]
     card = Image.new("RGB", (xs[-1] + cell + 2 * gap, ys[-1] + cell + 2 * gap), "#16181d")
     pen = ImageDraw.Draw(card)
     for x, column in zip(xs, columns):
-        pen.text((x, 16), column.name.partition(",")[0], "#ffffff", title)
+        pen.text((x, 18), column.name.partition(",")[0], "#ffffff", title)
         pen.text((x, 42), f"{column.forwards} forwards", "#9aa1ac", text)
     for y, prompt in zip(ys, prompts):
         pen.text((20, y + cell / 2), prompt.replace(" moving", "\nmoving"), "#d5d8dd", text, "lm")
@@ -354,7 +362,8 @@ def draw_gif(path, columns, prompts, cell=128, gap=10, left=150, top=70):
             for frame, pixels in zip(frames, to_frames(video)):
                 square = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
                 frame.paste(square, (x, y))
-    palette = Image.fromarray(np.concatenate(frames)).quantize()  # one for all, or colours flicker
+    # One palette for all frames, or colours flicker.
+    palette = Image.fromarray(np.concatenate(frames)).quantize(128, kmeans=1)
     first, *rest = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     first.save(path, save_all=True, append_images=rest, duration=DURATIONS, loop=0)
 
