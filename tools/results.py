@@ -3,14 +3,13 @@
     python -m tools.results                          everything, about an hour on two cores
     python -m tools.results --rows teacher-50        the shipped teacher alone
 
-Seed s trains its students with `train.py distill --seed s`; every row then draws the same prompts
-from the same noise. Those prompts are used for nothing else. Scores are kept in the output folder,
+Seed s trains its students as the demo does, with `train.py distill --seed s`; every row then draws
+the same prompts from the same noise. Those prompts are used for nothing else. Scores are kept in the output folder,
 one file for each row and seed, so that a second call goes on where the first one stopped.
 """
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,10 +23,9 @@ from tqdm import tqdm
 import adavid
 from sample import WEIGHTS, load_config, load_interpolator
 from tiny_wan import ToyCodec, WanModel, world
-from tools import cli
+from tools import cli, demo
 
 EVALUATION_SEED = 2000  # of the prompts; seed s takes EVALUATION_SEED + s
-STUDENTS = {"dmd": ["--lambda-reg", "0", "--lambda-temp", "0"], "avd": []}
 ROWS = {
     "real": "real videos",
     "teacher-50": "teacher, 50 guided steps",
@@ -67,11 +65,9 @@ def main(argv=None):
 def run(args):
     device = cli.pick_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
-        for name in {row.removesuffix("-full") for row in args.rows} & STUDENTS.keys():
-            subprocess.run([sys.executable, "train.py", "distill", "--out", f"{args.out}/{name}-{seed}",
-                            "--model", args.model, "--steps", str(args.steps), "--seed", str(seed),
-                            "--device", args.device, *STUDENTS[name]], check=True)
+    if {"dmd", "avd", "avd-full"} & set(args.rows):
+        for seed in range(args.seeds):
+            demo.distil(demo.Demo(args.out / f"seed-{seed}", args.model, args.steps, seed=seed))
     scores = {row: [scored(args, row, seed, device) for seed in range(args.seeds)]
               for row in args.rows}
     real = [scored(args, "real", seed, device) for seed in range(args.seeds)]
@@ -90,8 +86,8 @@ def scored(args, row, seed, device):
     codec = ToyCodec()
     video, prompts = world.make(EVALUATION_SEED + seed, range(args.prompts))
     if row != "real":
-        student = row.removesuffix("-full") in STUDENTS
-        folder = args.out / f"{row.removesuffix('-full')}-{seed}" if student else args.model
+        folder = args.model if row.startswith("teacher") else (
+            args.out / f"seed-{seed}" / row.removesuffix("-full"))
         model = WanModel.from_pretrained(folder, torch.float32, device)
         config, null_text = load_config(folder), codec.encode_text([""]).to(device)
         interpolator = load_interpolator(folder, device) if row == "avd" else None
