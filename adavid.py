@@ -304,7 +304,7 @@ def critic_loss(critic, x0, text, config, generator=None):
 
 
 def few_steps(student, noise, text, timesteps, strides, interpolator=None, generator=None):
-    """Walk down `timesteps` from pure noise; gradients, if enabled, flow through the last step only.
+    """Walk down `timesteps` from pure noise; gradients, if enabled, flow through the last one only.
 
     At each: predict x0, bring it to the next step's frame rate, renoise it to the next timestep.
     Returns the last x0 at the full rate. `strides` thin the frames of the full-rate `noise`; when
@@ -351,7 +351,8 @@ def sample(student, noise, text, config, interpolator=None, generator=None):
     interpolator: fills in the frames; without one, every step runs at the full rate.
     generator: one torch.randn for each renoising, of the next step's shape.
     """
-    return few_steps(student, noise, text, config.timesteps, config.strides, interpolator, generator)
+    return few_steps(student, noise, text, config.timesteps, config.strides, interpolator,
+                     generator)
 
 
 # ---------------------------------------------------------------------------------------------

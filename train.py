@@ -194,7 +194,8 @@ def train_interpolator(args):
 
     def update(step):
         first = step * args.batch_size
-        x0 = codec.encode(world.make(args.seed, range(first, first + args.batch_size))[0]).to(device)
+        video, _ = world.make(args.seed, range(first, first + args.batch_size))
+        x0 = codec.encode(video).to(device)
         loss = adavid.interpolation_loss(model, x0)
         mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2
         lr = warmed_up_and_decayed(args, step)
@@ -214,7 +215,7 @@ def train_interpolator(args):
 
 
 def distill(args):
-    """Adaptive video distillation: each step is `critic_updates` of the critic, one of the student."""
+    """Each step is a cycle: `critic_updates` updates of the critic, then one of the student."""
     config, device, codec = args.avd, cli.pick_device(args.device), ToyCodec()
     teacher = WanModel.from_pretrained(args.model, torch.float32, device).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -277,7 +278,7 @@ def distill(args):
     loop(args, state, update, lambda path: draw_grid(path, sample, codec, device))
     student.save_pretrained(args.out, metadata={"avd": config.to_json(), "seed": str(args.seed)})
     if interpolator is not None:
-        shutil.copyfile(args.model / "interpolator.safetensors", args.out / "interpolator.safetensors")
+        shutil.copy(args.model / "interpolator.safetensors", args.out)
 
 
 def warmed_up_and_decayed(args, step):
@@ -415,7 +416,8 @@ def resume(args, state):
                          f"repeat them to resume, or choose another --out")
     tensors = load_file(file)
     for name, part in state.items():
-        own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+        own = {key.removeprefix(name + "."): value for key, value in tensors.items()
+               if key.startswith(name + ".")}
         if isinstance(part, torch.optim.Optimizer):
             moments = {}
             for key, value in own.items():

@@ -23,14 +23,15 @@ def test_every_row_is_scored_on_the_same_prompts_and_kept(toy_folder, tmp_path, 
 
     (tmp_path / "real-0.json").write_text(json.dumps(scores["real"] | {"instance": [0.0] * 8}))
     assert results.main([*run, "--rows", "real"]) == 0  # read back, not measured again
-    assert json.loads((tmp_path / "results.json").read_text())["rows"]["real"]["instance"]["mean"] == 0.5
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["rows"]["real"]["instance"]["mean"] == 0.5
 
 
 def test_the_interval_covers_seeds_as_well_as_prompts():
     """Seeds that differ widely make a wide interval, however many prompts each has."""
     rng = np.random.default_rng(0)
-    scores = [{name: list(rng.normal(mean, 0.1, 500)) for name in results.COLUMNS} | {"diversity": 1.0}
-              for mean in (0.2, 0.5, 0.8)]
+    scores = [{name: list(rng.normal(mean, 0.1, 500)) for name in results.COLUMNS}
+              | {"diversity": 1.0} for mean in (0.2, 0.5, 0.8)]
     cell = results.summary(scores, scores)["instance"]
     assert cell["mean"] == pytest.approx(0.5, abs=0.02)
     assert cell["low"] < 0.31 and cell["high"] > 0.69

@@ -32,11 +32,13 @@ def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys)
 
 
 def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
-    run(toy_folder, tmp_path / "a", "a red ball", "a blue ball", "--save-latents")
-    run(toy_folder, tmp_path / "b", "a red ball", "a blue ball", "--save-latents", "--batch-size", "1")
+    two = ["a red ball", "a blue ball", "--save-latents"]
+    run(toy_folder, tmp_path / "a", *two)
+    run(toy_folder, tmp_path / "b", *two, "--batch-size", "1")
     run(toy_folder, tmp_path / "c", "a blue ball", "--save-latents", "--seed", "1")
-    torch.testing.assert_close(latents(tmp_path / "a"), latents(tmp_path / "b"), atol=1e-5, rtol=0)
-    torch.testing.assert_close(latents(tmp_path / "a")[1:], latents(tmp_path / "c"), atol=1e-5, rtol=0)
+    a, b, c = (latents(tmp_path / name) for name in "abc")
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    torch.testing.assert_close(a[1:], c, atol=1e-5, rtol=0)
 
 
 def test_teacher_full_rate_and_decoupled_are_three_different_samplers(toy_folder, tmp_path):
@@ -50,7 +52,8 @@ def test_teacher_full_rate_and_decoupled_are_three_different_samplers(toy_folder
 
 def test_guidance_is_the_teachers_unless_it_is_given(toy_folder, tmp_path):
     teacher = ["a red ball", "--teacher", "--steps", "2", "--save-latents"]
-    for name, extra in {"a": [], "b": ["--guidance-scale", "5"], "c": ["--guidance-scale", "1"]}.items():
+    scales = {"a": [], "b": ["--guidance-scale", "5"], "c": ["--guidance-scale", "1"]}
+    for name, extra in scales.items():
         run(toy_folder, tmp_path / name, *teacher, *extra)
     assert torch.equal(latents(tmp_path / "a"), latents(tmp_path / "b"))
     assert not torch.equal(latents(tmp_path / "a"), latents(tmp_path / "c"))

@@ -59,7 +59,8 @@ def test_teacher_stage_ends_in_a_model_that_loads(tmp_path):
 def test_interpolator_stage_learns_to_beat_the_plain_mean(tmp_path):
     assert train.main(["interpolator", "--out", str(tmp_path), "--steps", "120", "--batch-size",
                        "8", "--lr", "3e-3", "--device", "cpu"]) == 0
-    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-20:]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines[-20:]]
     assert sum(m["loss"] for m in last) < 0.9 * sum(m["plain_mean"] for m in last)
     FrameInterpolator.from_pretrained(tmp_path / "interpolator.safetensors")
 
@@ -168,8 +169,9 @@ def test_a_bad_flag_gets_one_line(capsys):
     assert "teacher" in complaint(capsys, train.main(["distil"]))
     assert "strides" in complaint(
         capsys, train.main(["distill", "--out", "x", "--strides", "1", "2", "1", "1"]))
-    assert "cuda" in complaint(capsys, train.main(["interpolator", "--out", "x", "--device", "cuda"])
-                               ) or torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        assert "cuda" in complaint(
+            capsys, train.main(["interpolator", "--out", "x", "--device", "cuda"]))
 
 
 def test_a_missing_or_damaged_teacher_gets_one_line(toy_folder, tmp_path, capsys):
@@ -190,7 +192,8 @@ def test_a_damaged_checkpoint_gets_one_line_and_stays(toy_folder, tmp_path, caps
 
 def test_other_flags_do_not_resume_a_run(toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
-    assert "k was 3.0, now 7.0" in complaint(capsys, distill(toy_folder, tmp_path, "--k", 7, steps=1))
+    code = distill(toy_folder, tmp_path, "--k", 7, steps=1)
+    assert "k was 3.0, now 7.0" in complaint(capsys, code)
 
 
 def test_an_output_folder_that_is_a_file_gets_one_line(toy_folder, tmp_path, capsys):

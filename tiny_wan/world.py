@@ -38,7 +38,8 @@ def make(seed, indices):
     across = SIZE / 2 + 5 * (across - 0.5)
     start = torch.where(heading != 0, along[:, None], across[:, None])
     start = torch.where(heading < 0, SIZE - start, start)
-    centre = start[:, None] + heading[:, None] * speed[:, None, None] * torch.arange(FRAMES)[:, None]
+    velocity = heading * speed[:, None]
+    centre = start[:, None] + velocity[:, None] * torch.arange(FRAMES)[:, None]  # b f 2
 
     pixel = torch.arange(SIZE) + 0.5
     dx = pixel - centre[..., 0, None]
@@ -57,8 +58,9 @@ def make(seed, indices):
 
     prompts = [
         prompt_of(COLOURS[c], list(DIRECTIONS)[d] if m < 0.7 and s > NOT_MOVING else None,
-                  s.item() if n < 0.7 else None)
-        for c, d, s, m, n in zip(colour.tolist(), direction.tolist(), speed, name_motion, name_speed)]
+                  s if n < 0.7 else None)
+        for c, d, s, m, n in zip(*(x.tolist() for x in (
+            colour, direction, speed, name_motion, name_speed)))]
     return video, prompts
 
 
@@ -122,7 +124,7 @@ def read(video):
         "y": y.mean(1),
         "vx": (x * time).sum(1) / (time ** 2).sum(),  # least squares: jitter is not motion
         "vy": (y * time).sum(1) / (time ** 2).sum(),
-        "flicker": (video[:, :, 2:] - 2 * video[:, :, 1:-1] + video[:, :, :-2]).abs().mean((1, 2, 3, 4)),
+        "flicker": video.diff(n=2, dim=2).abs().mean((1, 2, 3, 4)),
     }
 
 
@@ -156,8 +158,9 @@ def score(video, prompts):
     right_colour = hue_distance(r["hue"], colour) < 30
     right_direction = is_open | ((forward > 0.5 * NOT_MOVING) & (forward > 0.8 * speed))
     middle = (SLOW + FAST) / 2
-    right_speed = torch.tensor([("fast" not in p or s > middle) and ("slowly" not in p or s < middle)
-                                for p, s in zip(prompts, speed.tolist())])
+    right_speed = torch.tensor([
+        ("fast" not in p or s > middle) and ("slowly" not in p or s < middle)
+        for p, s in zip(prompts, speed.tolist())])
     nan = torch.tensor(float("nan"))
     return {
         "instance": r["whole"].float(),
@@ -175,5 +178,5 @@ def score(video, prompts):
 def diversity(video, real):
     """How widely readings vary over a set of videos, as a share of how they do over real ones."""
     names = ("x", "y", "vx", "vy", "radius", "saturation")
-    ours, theirs = (torch.stack([read(v)[name] for name in names]).std(dim=1) for v in (video, real))
-    return (ours / theirs).mean().item()
+    ours, theirs = map(read, (video, real))
+    return torch.stack([ours[name].std() / theirs[name].std() for name in names]).mean().item()

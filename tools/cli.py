@@ -21,11 +21,12 @@ def run(program, options, argv=None):
             args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
         for name in ("steps", "batch_size", "save_every", "sample_every", "score_prompts"):
             if getattr(args, name, 1) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {getattr(args, name)}: must be 1 or more")
     except SystemExit as end:
         box = (line.strip("│ ") for line in complaint.getvalue().splitlines()[1:-1])
         if end.code:
-            fail(" ".join(takewhile(lambda line: not line.startswith("──"), box)) + " (see --help)")
+            fail(" ".join([*takewhile(lambda line: line[:1] != "─", box), "(see --help)"]))
         return end.code or 0
     except ValueError as error:
         fail(error)
@@ -45,7 +46,8 @@ def fail(message):
 
 def pick_device(name):
     """'auto' is the best device that there is; a ValueError says when the one asked for is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(device for device, ok in there.items() if ok)
     if not there[name]:

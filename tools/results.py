@@ -4,8 +4,8 @@
     python -m tools.results --rows teacher-50        the shipped teacher alone
 
 Seed s trains its students as the demo does, with `train.py distill --seed s`; every row then draws
-the same prompts from the same noise. Those prompts are used for nothing else. Scores are kept in the output folder,
-one file for each row and seed, so that a second call goes on where the first one stopped.
+the same prompts from the same noise. Those prompts are used for nothing else. Scores are kept in
+the output folder, one file for each row and seed: a second call goes on where the first stopped.
 """
 
 import json
@@ -138,7 +138,7 @@ def markdown(table):
     columns = COLUMNS | {"diversity": "diversity"}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for row, cells in table.items():
-        text = (f"{cells[c]['mean']:.3f} ({cells[c]['low']:.3f}-{cells[c]['high']:.3f})" for c in columns)
+        text = ("{mean:.3f} ({low:.3f}-{high:.3f})".format(**cells[name]) for name in columns)
         lines.append(f"| {ROWS[row]} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
