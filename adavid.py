@@ -78,6 +78,9 @@ class AVDConfig:
     """largest norm of a gradient"""
 
     def __post_init__(self):
+        if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True) \
+                or not 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000:
+            raise ValueError(f"timesteps {self.timesteps} must fall, within (0, 1000]")
         for name in ("strides", "train_strides"):
             strides = getattr(self, name)
             if len(strides) != len(self.timesteps):
@@ -85,9 +88,11 @@ class AVDConfig:
                                  f"{len(self.timesteps)} timesteps {self.timesteps}")
             if any(s < 1 or s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
                 raise ValueError(f"{name} {strides}: powers of two are needed that never rise")
-        if list(self.timesteps) != sorted(set(self.timesteps), reverse=True) or not (
-                0 < self.timesteps[-1] <= self.timesteps[0] <= 1000):
-            raise ValueError(f"timesteps {self.timesteps} must fall, within (0, 1000]")
+        low, high = self.t_range
+        for name, ok in {"t_range": 0 < low <= high <= 1000, "ema_decay": 0 <= self.ema_decay <= 1,
+                         "k": self.k >= 0, "critic_updates": self.critic_updates >= 0}.items():
+            if not ok:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     def to_json(self):
         """What differs from the paper, to be stored with weights."""
@@ -112,19 +117,18 @@ def sigma_of(t):
 
 
 def add_noise(x0, noise, t):
-    """x_t, the video noised to time t."""
-    return (1 - sigma_of(t)) * x0 + sigma_of(t) * noise
+    """x_t, the video noised to time t, in the dtype of `x0`."""
+    return ((1 - sigma_of(t)) * x0 + sigma_of(t) * noise).to(x0.dtype)
 
 
 def velocity_to_x0(v, x_t, t):
-    """The clean video that a velocity points to."""
-    return x_t - sigma_of(t) * v
+    """The clean video that a velocity points to, in the dtype of `x_t`."""
+    return (x_t - sigma_of(t) * v).to(x_t.dtype)
 
 
 def predict_velocity(model, x_t, t, text, stride=1):
     """The model's velocity. At stride s, `x_t` holds every s-th frame, and the model is told so."""
-    at_rate = {} if stride == 1 else {"frame_stride": stride}
-    return model(x_t, t, text, **at_rate)
+    return model(x_t, t, text) if stride == 1 else model(x_t, t, text, frame_stride=stride)
 
 
 def predict_x0(model, x_t, t, text, stride=1):
@@ -144,7 +148,9 @@ def draw(random, shape, like, generator=None):
     batch or the rank it is in. Numbers are drawn on the generator's device, then moved.
     """
     if isinstance(generator, list):
-        return torch.stack([draw(random, shape[1:], like, g) for g in generator])
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+        return torch.cat([draw(random, (1, *shape[1:]), like, g) for g in generator])
     device = like.device if generator is None else generator.device
     dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 has no 757: it rounds to 756
     return random(shape, generator=generator, device=device, dtype=dtype).to(like.device)
@@ -178,11 +184,11 @@ def dmd_gradient(x0, x0_fake, x0_real):
         g = (x0_fake - x0_real) / mean_{c,f,h,w} |x0 - x0_real|
 
     `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from one noised
-    `x0`. In float32, one normaliser for each sample; 0 / 0 is 0, all else stays non-finite.
+    `x0`. In float32, one normaliser for each sample. 0 / 0 is 0; what is not finite stays so.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return torch.where(difference == 0, 0.0, difference / normaliser)
+    return torch.where((difference == 0) & (normaliser == 0), 0.0, difference / normaliser)
 
 
 def dmd_loss(x0, gradient):
@@ -207,6 +213,30 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
 # ---------------------------------------------------------------------------------------------
 
 
+def regression_loss(student, x0, text, step, config, stride=1, generator=None):
+    """L_reg (eq. 5), `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
+
+    `step` `[b]` numbers the timesteps. The paper writes epsilon; but at sigma = 1 an epsilon error
+    says nothing about x0, and the velocity's does. At stride s only every s-th frame takes part.
+    """
+    x0 = x0[:, :, ::stride]
+    noise = draw(torch.randn, x0.shape, x0, generator)
+    t = torch.tensor(config.timesteps, dtype=noise.dtype, device=x0.device)[step]
+    v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
+    return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))
+
+
+def draw_regression_steps(x0, step, strides, generator=None):
+    """A step `[b]` for each real video, among those that run at the rate of the shared `step`.
+
+    A batch then has one length, and as `step` is uniform over all steps, so is each of these.
+    """
+    candidates = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
+                              device=x0.device)
+    u = draw(torch.rand, x0.shape[:1], x0, generator)
+    return candidates[(u * len(candidates)).long()]
+
+
 class LossMeanCache(nn.Module):
     """A running mean of the regression loss at each of the student's steps, and the weights.
 
@@ -227,15 +257,16 @@ class LossMeanCache(nn.Module):
         """Weigh by the means as they are, then update them: `step` long, `loss` -> w, all `[b]`.
 
         One EMA step for each call and timestep, with that timestep's mean loss over the batches of
-        all ranks. A timestep's very first mean is taken over before it weighs.
+        all ranks. An empty entry first becomes that mean, so its first weights are near one half.
         """
         loss = loss.float()
-        member = F.one_hot(step, len(self.means)).float()
-        totals = torch.stack([loss @ member, member.sum(0)])
+        at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
+        sums_and_counts = torch.stack([torch.where(at_step, loss[:, None], 0.0).sum(0),
+                                       at_step.float().sum(0)])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
-        losses, counts = totals
-        present, batch_means = counts > 0, losses / counts.clamp(min=1)
+            dist.all_reduce(sums_and_counts)
+        sums, counts = sums_and_counts
+        present, batch_means = counts > 0, sums / counts.clamp(min=1)
 
         self.means.copy_(torch.where(present & ~self.filled, batch_means, self.means))
         self.filled |= present
@@ -243,30 +274,6 @@ class LossMeanCache(nn.Module):
         updated = self.decay * self.means + (1 - self.decay) * batch_means
         self.means.copy_(torch.where(present, updated, self.means))
         return weight
-
-
-def regression_loss(student, x0, text, step, config, stride=1, generator=None):
-    """L_reg (eq. 5), `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
-
-    `step` `[b]` numbers the timesteps. The paper writes epsilon; but at sigma = 1 an epsilon error
-    says nothing about x0, and the velocity's does. At stride s only every s-th frame takes part.
-    """
-    x0 = x0[:, :, ::stride]
-    t = torch.tensor(config.timesteps, dtype=torch.float32, device=x0.device)[step]
-    noise = draw(torch.randn, x0.shape, x0, generator)
-    v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
-    return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))
-
-
-def draw_regression_steps(x0, step, strides, generator=None):
-    """A step `[b]` for each real video, among those that run at the rate of the shared `step`.
-
-    A batch then has one length, and as `step` is uniform over all steps, so is each of these.
-    """
-    same_rate = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
-                             device=x0.device)
-    u = draw(torch.rand, x0.shape[:1], x0, generator)
-    return same_rate[(u * len(same_rate)).long()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,37 +306,32 @@ def critic_loss(critic, x0, text, config, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# The few-step sampler, and backward simulation (DMD2, section 4.5): training on one's own steps
+# Backward simulation (DMD2, section 4.5): the student learns on videos from its own few steps
 # ---------------------------------------------------------------------------------------------
 
 
-def few_steps(student, noise, text, timesteps, strides, interpolator=None, generator=None):
+def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
     """Walk down `timesteps` from pure noise; gradients, if enabled, flow through the last one only.
 
-    At each: predict x0, bring it to the next step's frame rate, renoise it to the next timestep.
-    Returns the last x0 at the full rate. `strides` thin the frames of the full-rate `noise`; when
-    a stride falls, the interpolator fills in the frames. Without one, every step is full rate.
+    At each: renoise the last prediction to it, predict x0, bring that to the next one's frame rate.
+    Returns the last x0, at the full rate. `strides` thin the frames of the full-rate `noise`; where
+    they fall, the interpolator fills in. Without an interpolator, every step is full rate.
     """
     strides = strides if interpolator is not None else (1,) * len(timesteps)
-    b, c, f, h, w = noise.shape
-    if (f - 1) % strides[0]:
-        raise ValueError(f"{f} latent frames do not fit stride {strides[0]}: their number must be "
-                         f"1 modulo {strides[0]}")
-    grad = torch.is_grad_enabled()
-    x_t, t = noise[:, :, ::strides[0]], torch.full((b,), float(timesteps[0]), device=noise.device)
-    for i, stride in enumerate(strides):
-        last = i + 1 == len(strides)
-        next_stride = 1 if last else strides[i + 1]
-        with torch.set_grad_enabled(grad and last):
-            x0 = predict_x0(student, x_t, t, text, stride)
-            while stride > (1 if last else 2 * next_stride):
+    if (noise.shape[2] - 1) % strides[0]:
+        raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: their "
+                         f"number must be 1 modulo {strides[0]}")
+    t_dtype = torch.promote_types(noise.dtype, torch.float32)
+    x_t, grad = noise[:, :, ::strides[0]], torch.is_grad_enabled()
+    for i, (timestep, stride, next_stride) in enumerate(zip(timesteps, strides, (*strides[1:], 1))):
+        t = torch.full((len(noise),), timestep, dtype=t_dtype, device=noise.device)
+        if i > 0:
+            x_t = add_noise(x0, draw(torch.randn, x0.shape, noise, generator), t)
+        with torch.set_grad_enabled(grad and i + 1 == len(timesteps)):
+            x0 = predict_x0(model, x_t, t, text, stride)
+            while stride > next_stride:  # each pass doubles the frame rate
                 x0, stride = interpolator(x0), stride // 2
-            if last:
-                return x0
-            renoise = interpolator if stride > next_stride else add_noise
-            fresh = draw(torch.randn, (b, c, 1 + (f - 1) // next_stride, h, w), noise, generator)
-            t = torch.full_like(t, timesteps[i + 1])
-            x_t = renoise(x0, fresh, t)
+    return x0
 
 
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
@@ -343,18 +345,6 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
                      interpolator, generator)
 
 
-@torch.no_grad()
-def sample(student, noise, text, config, interpolator=None, generator=None):
-    """The decoupled few-step sampler (section 3.3): noisy steps at a fraction of the frame rate.
-
-    noise: `[b, c, f, h, w]` at the full rate, f = 1 modulo the largest stride (else ValueError).
-    interpolator: fills in the frames; without one, every step runs at the full rate.
-    generator: one torch.randn for each renoising, of the next step's shape.
-    """
-    return few_steps(student, noise, text, config.timesteps, config.strides, interpolator,
-                     generator)
-
-
 # ---------------------------------------------------------------------------------------------
 # One update of the student (eq. 9): L = L_KL + lambda_reg w L_reg + lambda_temp L_temp
 # ---------------------------------------------------------------------------------------------
@@ -366,14 +356,14 @@ def student_loss(student, teacher, critic, cache, real, text, null_text, step, c
 
     real: real videos `[b, c, f, h, w]` with the embeddings `text` of their prompts.
     step: number of the step to train, the same for the whole batch and on every rank.
-    cache: a LossMeanCache, updated here; whoever skips this update must put it back.
+    cache: a LossMeanCache, updated here. To skip the update, load its old state_dict again.
     """
     noise = draw(torch.randn, real.shape, real, generator)
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
     kl = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
     temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
     loss = kl + config.lambda_temp * temp
-    parts = {"kl": kl, "temp": temp, "variance": kernels.temporal_variance(x0).mean()}
+    parts = {"kl": kl, "temp": temp, "variance": kernels.temporal_variance(x0.detach()).mean()}
 
     if config.lambda_reg:
         strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)
@@ -399,6 +389,8 @@ class FrameInterpolator(nn.Module):
 
     def __init__(self, channels, width=64):
         super().__init__()
+        if width % 8:
+            raise ValueError(f"width {width} must be a multiple of 8, for the group norms")
 
         def conv(inputs, outputs, stride=1):
             return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
@@ -415,16 +407,17 @@ class FrameInterpolator(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x0, noise=None, t=None):
-        """With `noise` at the doubled rate and `t` `[b]`, renoised in the same pass."""
-        b, _, _, h, w = x0.shape
+    def forward(self, x0):
+        b, c, _, h, w = x0.shape
+        if c != self.out.out_channels - 1:
+            raise ValueError(f"x0 has {c} channels, but this interpolator is for "
+                             f"{self.out.out_channels - 1}")
         pairs = torch.cat([x0[:, :, :-1], x0[:, :, 1:]], dim=1).to(self.out.weight.dtype)
         skip = self.enter(rearrange(pairs, "b c f h w -> (b f) c h w"))
         deep = self.up(F.interpolate(self.down(skip), size=(h, w)))
         out = self.out(self.leave(torch.cat([skip, deep], dim=1)))
         out = rearrange(out, "(b f) c h w -> b c f h w", b=b).to(x0.dtype)
-        sigma = None if t is None else t / 1000
-        return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:], noise, sigma)
+        return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:])
 
     @classmethod
     def from_pretrained(cls, path):
@@ -445,8 +438,20 @@ def interpolation_loss(interpolator, x0):
 
 
 # ---------------------------------------------------------------------------------------------
-# The teacher's own sampler
+# The samplers: the student's few steps, and the teacher's many
 # ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model, noise, text, config, interpolator=None, generator=None):
+    """The decoupled few-step sampler (section 3.3): noisy steps at a fraction of the frame rate.
+
+    noise: `[b, c, f, h, w]` at the full rate. With an interpolator f must be 1 modulo the largest
+        stride (else ValueError); without one, every step runs at the full rate.
+    generator: one torch.randn for each renoising, of the next step's shape.
+    """
+    return few_steps(model, noise, text, config.timesteps, config.strides, interpolator,
+                     generator)
 
 
 @torch.no_grad()
@@ -455,9 +460,10 @@ def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, 
     """Guided Euler steps down the flow's ODE, on a shifted grid of sigmas from 1 to 0."""
     if solver != "euler":
         raise ValueError(f"solver {solver!r} is unknown; there is 'euler'")
-    x = noise
-    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+    dtype = torch.promote_types(noise.dtype, torch.float32)  # many small steps add up
+    x, sigmas = noise.to(dtype), shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
     for sigma, next_sigma in pairwise(sigmas):
-        t = torch.full((len(x),), 1000 * sigma, device=x.device)
-        x = x + (next_sigma - sigma) * guided_velocity(model, x, t, text, null_text, guidance_scale)
-    return x
+        t = torch.full((len(x),), 1000 * sigma, dtype=dtype, device=x.device)
+        v = guided_velocity(model, x.to(noise.dtype), t, text, null_text, guidance_scale)
+        x = x + (next_sigma - sigma) * v
+    return x.to(noise.dtype)

@@ -1,6 +1,6 @@
 """Prompts to videos: by a distilled student in four steps, or by its teacher in fifty.
 
-    python sample.py "a red ball moving left fast" --model runs/demo/avd/student
+    python sample.py "a red ball moving left fast" --model runs/demo/avd
     python sample.py --prompts-file prompts.txt --teacher --steps 50
 
 Writes one mp4 for each prompt and a contact sheet of them all.
@@ -9,6 +9,7 @@ Writes one mp4 for each prompt and a contact sheet of them all.
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -47,9 +48,9 @@ class Sample:
     teacher: bool = False
     """sample with guidance, in many small steps"""
     steps: int = 50
-    """steps of the teacher"""
+    """with --teacher: its steps"""
     guidance_scale: float | None = None
-    """guidance of the teacher; by default the one that its students learn from"""
+    """with --teacher: its guidance; by default the one that its students learn from"""
     batch_size: int = 16
     """videos at a time"""
     save_latents: bool = False
@@ -76,23 +77,19 @@ def run(args):
             config = replace(config, guidance_scale=args.guidance_scale)
         interpolator = None if args.full_rate else load_interpolator(args.model, device)
         codec = ToyCodec()
-    with timed("text"):
-        text = codec.encode_text(prompts).to(device)
-    latents = []
-    with timed("sample"), progress(model, "denoising") as bar:
-        batches = torch.arange(len(prompts)).split(args.batch_size)
-        bar.total = len(batches) * (2 * args.steps if args.teacher else len(config.timesteps))
-        for batch in batches:
-            generator = [torch.Generator().manual_seed(args.seed + i) for i in batch.tolist()]
-            noise = adavid.draw(torch.randn, (len(batch), *codec.latent_shape), text, generator)
-            if args.teacher:
-                null_text = codec.encode_text([""]).to(device)
-                latents.append(adavid.sample_teacher(model, noise, text[batch], null_text,
-                                                     args.steps, config.guidance_scale))
-            else:
-                latents.append(adavid.sample(model, noise, text[batch], config, interpolator,
-                                             generator))
-        latents = torch.cat(latents)
+        text, null_text = (codec.encode_text(p).to(device) for p in (prompts, [""]))
+
+    def sampler(noise, text, generator):
+        if args.teacher:
+            return adavid.sample_teacher(model, noise, text, null_text, args.steps,
+                                         config.guidance_scale)
+        return adavid.sample(model, noise, text, config, interpolator, generator)
+
+    batches = -(-len(prompts) // args.batch_size)
+    forwards = batches * (2 * args.steps if args.teacher else len(config.timesteps))
+    with timed("sample"), progress(model, forwards):
+        latents = torch.cat([*sample_batches(sampler, text, codec.latent_shape, args.seed,
+                                             args.batch_size)])
     with timed("decode and write"):
         videos = codec.decode(latents).cpu()
         for i, (prompt, video) in enumerate(zip(prompts, videos)):
@@ -116,7 +113,11 @@ def read_prompts(path):
 
 def load_config(path):
     """The paper's AVDConfig, with what the weights at `path` say otherwise."""
-    return adavid.AVDConfig.from_json(checkpoint.read_metadata(path).get("avd", "{}"))
+    numbers = checkpoint.read_metadata(path).get("avd", "{}")
+    try:
+        return adavid.AVDConfig.from_json(numbers)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: the numbers in its metadata make no sense ({error})") from None
 
 
 def load_interpolator(path, device):
@@ -131,26 +132,32 @@ def load_interpolator(path, device):
     return interpolator.to(device).requires_grad_(False)
 
 
-class timed:
+@contextmanager
+def timed(part):
     """Print how long a part took."""
-
-    def __init__(self, part):
-        self.part = part
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error):
-        if error == (None, None, None):
-            print(f"{self.part}: {time.perf_counter() - self.start:.1f} s")
+    start = time.perf_counter()
+    yield
+    print(f"{part}: {time.perf_counter() - start:.1f} s")
 
 
-def progress(model, what):
+@contextmanager
+def progress(model, forwards):
     """A progress bar that counts the model's forwards."""
-    bar = tqdm(desc=what, unit="forward", leave=False)
-    hook = model.register_forward_hook(lambda *_: bar.update() and None)
-    close, bar.close = bar.close, lambda: (hook.remove(), close())
-    return bar
+    with tqdm(desc="denoising", unit="forward", total=forwards, leave=False) as bar:
+        def count(*_):  # returns None: anything else would replace the model's output
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        yield
+        hook.remove()
+
+
+def sample_batches(sampler, text, latent_shape, seed, batch_size):
+    """Latents of `sampler(noise, text, generator)`, a batch at a time. Video i has seed + i."""
+    for batch in torch.arange(len(text)).split(batch_size):
+        generator = [torch.Generator().manual_seed(seed + i) for i in batch.tolist()]
+        noise = adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator)
+        yield sampler(noise, text[batch], generator)
 
 
 def file_name(prompt):

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -130,7 +131,7 @@ def distill_defaults(argv):
     model = Path(given[-1]) if given else WEIGHTS
     try:
         return Distill(tyro.MISSING, model=model, avd=load_config(model))
-    except (ValueError, OSError):  # said again, and in one line, by whoever opens the model
+    except (ValueError, OSError):  # `distill` will say so; --help works without a model
         return Distill(tyro.MISSING, model=model)
 
 
@@ -176,11 +177,12 @@ def train_teacher(args):
                                      guidance_scale=args.avd.guidance_scale)
 
     state = {"model": model, "ema": ema, "muon": muon, "adamw": adamw}
-    minutes = loop(args, state, update, lambda path: draw_grid(path, sample, codec, device))
+    minutes = loop(args, state, update, lambda path: sample_grid(path, sample, codec, device))
     real = codec.encode(world.make(args.seed, range(4096))[0])
     level = -kernels.temporal_variance(real).mean().log().item()
     avd = replace(args.avd, temporal_truncation=round(level, 2))
-    scores = draw_grid(None, sample, codec, device, prompts=args.score_prompts)
+    ema.half().float()  # what is scored is what is stored
+    scores = sample_grid(None, sample, codec, device, prompts=args.score_prompts)
     ema.half().save_pretrained(args.out, metadata={
         "avd": avd.to_json(), "seed": str(args.seed), "minutes": f"{minutes:.0f}",
         "scores": json.dumps(scores)})
@@ -217,6 +219,9 @@ def train_interpolator(args):
 def distill(args):
     """Each step is a cycle: `critic_updates` updates of the critic, then one of the student."""
     config, device, codec = args.avd, cli.pick_device(args.device), ToyCodec()
+    load_config(args.model)  # whose complaint `distill_defaults` has kept to itself
+    if args.out.resolve() == args.model.resolve():
+        raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
     teacher = WanModel.from_pretrained(args.model, torch.float32, device).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
     critic = copy.deepcopy(teacher).requires_grad_(True)
@@ -266,6 +271,8 @@ def distill(args):
             if here.any():
                 metrics |= {f"reg_{timestep:g}": parts["reg"][here].mean().item(),
                             f"weight_{timestep:g}": parts["weight"][here].mean().item()}
+            if here.sum() > 1:  # times k, it tells how far the weights can leave one half
+                metrics[f"reg_std_{timestep:g}"] = parts["reg"][here].std().item()
             metrics[f"cache_{timestep:g}"] = cache.means[i].item()
         return metrics
 
@@ -275,7 +282,7 @@ def distill(args):
 
     state = {"student": student, "critic": critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
-    loop(args, state, update, lambda path: draw_grid(path, sample, codec, device))
+    loop(args, state, update, lambda path: sample_grid(path, sample, codec, device))
     student.save_pretrained(args.out, metadata={"avd": config.to_json(), "seed": str(args.seed)})
     if interpolator is not None:
         shutil.copy(args.model / "interpolator.safetensors", args.out)
@@ -318,7 +325,7 @@ def streams(args, purpose, first):
 GRID_SEED = 1000  # its prompts are for pictures and for choosing; no training run uses it
 
 
-def draw_grid(path, sample, codec, device, prompts=8):
+def sample_grid(path, sample, codec, device, prompts=8):
     """Sample fixed prompts from fixed noise; draw them, if there is a path, and return scores."""
     names = world.make(GRID_SEED, range(prompts))[1]
     text = codec.encode_text(names).to(device)
@@ -341,12 +348,9 @@ def loop(args, state, update, show):
         lines = (args.out / log).read_text().splitlines()[:start] if start else []
         (args.out / log).write_text("".join(line + "\n" for line in lines))
 
-    stops = []
-    handlers = {s: signal.signal(s, lambda s, _: stops.append(s) or signal.signal(s, handlers[s]))
-                for s in (signal.SIGINT, signal.SIGTERM)}  # the second one does not wait
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name)
     with open(args.out / "metrics.jsonl", "a") as metrics_log, \
-            open(args.out / "times.jsonl", "a") as times_log:
+            open(args.out / "times.jsonl", "a") as times_log, stop_requests() as requests:
         for step in bar:
             began = time.perf_counter()
             try:
@@ -360,27 +364,47 @@ def loop(args, state, update, show):
             print(json.dumps({"step": step, "seconds": seconds}), file=times_log, flush=True)
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
                              ("loss", "kl", "reg", "temp", "critic") if name in metrics})
-            if stops or done % args.save_every == 0 or done == args.steps:
-                save(args, state, done)
             if done % args.sample_every == 0 or done == args.steps:
                 show(args.out / "samples" / f"{done:06d}.png")
-            if stops:
+            stop = list(requests)
+            if stop or done % args.save_every == 0 or done == args.steps:
+                save(args, state, done)
+            if stop:
                 bar.close()
                 print(f"stopped and saved at step {done} of {args.steps}; "
                       f"the same command resumes there", file=sys.stderr)
-                raise SystemExit(128 + stops[0])
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+                raise SystemExit(128 + stop[0])
     seconds = [json.loads(line)["seconds"]
                for line in (args.out / "times.jsonl").read_text().splitlines()]
     return sum(seconds) / 60
 
 
+@contextmanager
+def stop_requests():
+    """A list that collects SIGINT and SIGTERM, so that a step ends first. The second one kills."""
+    requests = []
+
+    def request(signum, _):
+        requests.append(signum)
+        signal.signal(signum, handlers[signum])
+
+    handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
 def flags(args):
-    """What must not change while a run goes on. The teacher only carries its students' `avd`."""
+    """What must not change while a run goes on.
+
+    The teacher only carries its students' `avd`; distillation, at a constant rate, may go on.
+    """
     free = ["out", "device", "save_every", "sample_every", "score_prompts"]
-    free += ["avd"] * isinstance(args, Teacher)
-    values = {k: v for k, v in asdict(args).items() if k not in free}
+    free += {Teacher: ["avd"], Interpolator: [], Distill: ["steps"]}[type(args)]
+    values = {k: v.resolve() if isinstance(v, Path) else v
+              for k, v in asdict(args).items() if k not in free}
     return json.dumps(values | values.pop("avd", {}), default=str)
 
 
@@ -396,7 +420,7 @@ def save(args, state, step):
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     part_file = args.out / "checkpoint.safetensors.part"
     save_file(tensors, part_file, {"step": str(step), "flags": flags(args)})
-    with open(part_file, "rb") as file:
+    with open(part_file, "r+b") as file:  # Windows syncs only what it may write
         os.fsync(file.fileno())
     os.replace(part_file, args.out / "checkpoint.safetensors")
 
@@ -412,7 +436,7 @@ def resume(args, state):
         raise ValueError(f"{file}: not a checkpoint of this program; choose another --out")
     then, now = json.loads(metadata["flags"]), json.loads(flags(args))
     if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]:
-        raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed)}); "
+        raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed[:4])}); "
                          f"repeat them to resume, or choose another --out")
     tensors = load_file(file)
     for name, part in state.items():
@@ -422,7 +446,7 @@ def resume(args, state):
             moments = {}
             for key, value in own.items():
                 i, kind = key.split(".")
-                moments.setdefault(int(i), {})[kind] = value
+                moments.setdefault(int(i), {})[kind] = value.clone()  # lets go of the file
             part.load_state_dict(part.state_dict() | {"state": moments})
         else:
             part.load_state_dict(own)

@@ -44,7 +44,7 @@ def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
 
     x0 `[b, c, f, h, w]`; blend `[b, 1, f-1, h, w]` in [0, 1], the left neighbour's share; residual
     `[b, c, f-1, h, w]`. The given frames stand bit for bit at the even places. With noise
-    `[b, c, 2f-1, h, w]` and sigma in [0, 1], a float or `[b]`, the result is
+    `[b, c, 2f-1, h, w]` and sigma in [0, 1], one number or b, the result is
     `(1 - sigma) * frames + sigma * noise`. Differentiable in all but sigma; any strides.
     Raises ValueError for any other shape.
     """
@@ -56,10 +56,11 @@ def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
     check_shape("residual", residual, (b, c, f - 1, h, w), x0)
     if noise is not None:
         check_shape("noise", noise, (b, c, 2 * f - 1, h, w), x0)
-        if not isinstance(sigma, torch.Tensor):
-            sigma = x0.new_full((b,), sigma, dtype=torch.promote_types(x0.dtype, torch.float32))
-        check_shape("sigma", sigma, (b,), x0)
-        sigma = sigma.detach().contiguous()
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x0.device).detach().reshape(-1)
+        if len(sigma) not in (1, b):
+            raise ValueError(f"sigma must hold one number or {b}, but holds {len(sigma)}")
+        sigma = sigma.expand(b).contiguous()
     with torch.cuda.device_of(x0):
         return backend(x0).interpolate_frames(x0, blend, residual, noise, sigma)
 

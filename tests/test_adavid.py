@@ -60,6 +60,7 @@ def test_dmd_gradient_of_zero_by_zero_is_zero_and_nothing_else_is_hidden():
     assert adavid.dmd_gradient(x, x, x).eq(0).all()
     assert adavid.dmd_gradient(x, x + 1, x).isinf().all()
     assert adavid.dmd_gradient(x, x * math.nan, x).isnan().all()
+    assert adavid.dmd_gradient(x * math.nan, x, x).isnan().all()
 
 
 def test_dmd_loss_has_the_dmd_gradient():
@@ -110,6 +111,12 @@ def test_cache_makes_one_ema_step_with_the_batch_mean_of_each_timestep():
     expected = [1 - torch.sigmoid(torch.tensor(2.0 * d)).item() for d in (1.0, 3.0, 0.0)]
     assert weight.tolist() == pytest.approx(expected)
     assert cache.means.tolist() == pytest.approx([0.9 * 1 + 0.1 * 3, 2.0, 0.0])
+
+
+def test_a_bad_loss_stays_at_its_own_timestep():
+    cache = LossMeanCache(2)
+    cache(torch.tensor([0, 1]), torch.tensor([math.nan, 1.0]))
+    assert cache.means[0].isnan() and cache.means[1] == 1
 
 
 def test_cache_carries_no_gradient_and_its_state_is_buffers():
@@ -179,17 +186,17 @@ def test_untrained_interpolator_is_the_mean_of_the_neighbours_and_keeps_given_fr
     torch.testing.assert_close(full[:, :, 1::2], (x0[:, :, 1:] + x0[:, :, :-1]) / 2)
 
 
-def test_interpolator_renoises_as_add_noise_does_and_passes_gradients():
+def test_interpolator_passes_gradients_and_runs_in_bf16():
     net = FrameInterpolator(4, width=16)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(1))
-    x0, noise = randn(2, 4, 3, 6, 5).requires_grad_(), randn(2, 4, 5, 6, 5, seed=1)
-    t = torch.tensor([757.0, 522.0])
-    torch.testing.assert_close(net(x0, noise, t), adavid.add_noise(net(x0), noise, t))
+    x0 = randn(2, 4, 3, 6, 5).requires_grad_()
     net(x0)[:, :, 1::2].sum().backward()
     assert x0.grad.ne(0).all()
     net.bfloat16()
     assert net(x0.detach().bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="3 channels"):
+        net(x0[:, :3])
 
 
 def test_interpolator_comes_back_from_its_file(tmp_path):
@@ -257,12 +264,24 @@ def test_frames_that_do_not_fit_the_stride_are_refused():
         adavid.sample(Recorder(), randn(1, 4, 8, 2, 2), None, AVDConfig(), FrameInterpolator(4))
 
 
+def test_a_model_of_any_dtype_gets_its_own_dtype_at_every_step():
+    """bf16 latents stay bf16 for the model; the times stay exact."""
+    for dtype in (torch.bfloat16, torch.float64):
+        model, noise = Recorder(), randn(2, 4, 5, 2, 2).to(dtype)
+        out = adavid.sample(model, noise, None, AVDConfig(), FrameInterpolator(4).to(dtype))
+        assert out.dtype == dtype and {call[0].dtype for call in model.calls} == {dtype}
+        assert adavid.sample_teacher(model, noise, None, randn(1, 2, 4), steps=2).dtype == dtype
+        assert {call[0].dtype for call in model.calls} == {dtype}
+
+
 def test_a_list_of_generators_makes_samples_independent_of_the_batch():
     student, noise = Recorder(), randn(3, 4, 5, 2, 2)
     seeds = lambda *s: [torch.Generator().manual_seed(i) for i in s]
     together = adavid.sample(student, noise, None, AVDConfig(), None, seeds(1, 2, 3))
     alone = adavid.sample(student, noise[1:2], None, AVDConfig(), None, seeds(2))
     assert torch.equal(together[1:2], alone)
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        adavid.sample(student, noise, None, AVDConfig(), None, seeds(1, 2))
 
 
 def test_half_rate_step_really_runs_half_the_tokens():
@@ -375,7 +394,8 @@ def test_config_survives_its_json():
 
 @pytest.mark.parametrize("wrong", [
     {"strides": (2, 1)}, {"strides": (1, 2, 1, 1)}, {"train_strides": (3, 1, 1, 1)},
-    {"timesteps": (522, 757, 900, 1000)}, {"timesteps": (1000, 900, 757, 0)}])
+    {"timesteps": (522, 757, 900, 1000)}, {"timesteps": (1000, 900, 757, 0)}, {"timesteps": ()},
+    {"t_range": (980, 20)}, {"ema_decay": 7.0}, {"k": -3.0}, {"critic_updates": -1}])
 def test_config_refuses_schedules_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AVDConfig(**wrong)

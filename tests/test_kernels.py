@@ -171,9 +171,9 @@ def test_half_and_half_without_residual_is_the_neighbours_mean_and_then_renoised
 @pytest.mark.parametrize("wrong", range(5))
 def test_a_wrong_shape_is_an_error_that_names_it(wrong):
     _, inputs, _ = case("interpolate_frames", (2, 3, 4, 5, 6))
-    inputs[wrong] = inputs[wrong][..., :1]
+    inputs[wrong] = inputs[wrong][..., :1] if wrong < 4 else inputs[wrong].repeat(2)
     name = ("blend", "blend", "residual", "noise", "sigma")[wrong]  # x0 is what others must fit
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=f"{name} must "):
         kernels.interpolate_frames(*inputs)
 
 
@@ -240,3 +240,12 @@ def test_aligned_videos_move_16_bytes_at_a_time_and_nothing_spills(target, dtype
             # the others are one scalar each: sigma or dL/dy, a partial sum; and dL/dblend
             assert code["loads_16"] >= max(4, code["loads"] - 1)
             assert code["stores_16"] >= max(2, code["stores"] - 1)
+
+
+def test_sigma_is_one_number_or_one_for_each_sample_in_any_shape():
+    _, (*inputs, noise, sigma), _ = case("interpolate_frames", (2, 3, 4, 5, 6))
+    each = kernels.interpolate_frames(*inputs, noise, sigma)
+    assert torch.equal(each, kernels.interpolate_frames(*inputs, noise, sigma.view(2, 1, 1, 1, 1)))
+    one = kernels.interpolate_frames(*inputs, noise, 0.25)
+    for same in (torch.tensor(0.25), torch.tensor([0.25]), torch.full((2,), 0.25)):
+        assert torch.equal(one, kernels.interpolate_frames(*inputs, noise, same))

@@ -190,6 +190,30 @@ def test_a_damaged_checkpoint_gets_one_line_and_stays(toy_folder, tmp_path, caps
     assert file.exists()
 
 
+def test_a_distillation_may_go_on_longer_and_never_into_its_teachers_folder(
+        toy_folder, tmp_path, capsys):
+    distill(toy_folder, tmp_path, steps=1)
+    assert distill(toy_folder, tmp_path, steps=2) == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "teacher's own folder" in complaint(capsys, distill(toy_folder, toy_folder))
+
+
+def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "write_contact_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        distill(toy_folder, tmp_path, "--sample-every", 1, "--save-every", 100, steps=3)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_numbers_that_make_no_sense_are_named_with_their_file(toy_folder, tmp_path, capsys):
+    model = WanModel.from_pretrained(toy_folder)
+    for i, numbers in enumerate(('{"foo": 1}', "[1]", "{bad", '{"k": -3}')):
+        model.save_pretrained(tmp_path / str(i), metadata={"avd": numbers})
+        code = distill(tmp_path / str(i), tmp_path / "out")
+        assert f"{tmp_path / str(i)}: the numbers" in complaint(capsys, code)
+
+
 def test_other_flags_do_not_resume_a_run(toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
     code = distill(toy_folder, tmp_path, "--k", 7, steps=1)

@@ -22,7 +22,9 @@ def weight_files(path):
     if path.is_dir():
         index = path / (FILE + ".index.json")
         if index.exists():
-            return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            if not (shards := read_json(index).get("weight_map")):
+                raise ValueError(f"{index}: no weight_map in it")
+            return [path / name for name in sorted(set(shards.values()))]
         path = path / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model is a folder with config.json and "
@@ -32,7 +34,7 @@ def weight_files(path):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
@@ -83,7 +85,8 @@ def read_config(path, tensors):
         "eps": 1e-6,
     }
     file = Path(path) / "config.json"
-    given = read_json(file) if file.is_file() else {}
+    given = json.loads(read_metadata(path).get("config", "{}"))
+    given |= read_json(file) if file.is_file() else {}
     config |= {name: given[name] for name in config if name in given}
     return config | {"patch_size": tuple(config["patch_size"])}
 
@@ -92,7 +95,9 @@ def write(path, config, tensors, metadata):
     """Write a folder that the original code reads; the weights appear whole or not at all."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "t2v"} | config, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path / (FILE + ".part"), {"format": "pt"} | metadata)
+    metadata = {"format": "pt", "config": json.dumps(config)} | metadata  # for the bare file
+    save_file(tensors, path / (FILE + ".part"), metadata)
     os.replace(path / (FILE + ".part"), path / FILE)
+    (path / (FILE + ".index.json")).unlink(missing_ok=True)  # of shards that lay here before
+    (path / "config.json").write_text(json.dumps({"model_type": "t2v"} | config, indent=2) + "\n")

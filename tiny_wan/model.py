@@ -38,7 +38,7 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self):
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        if self.num_heads < 1 or self.dim % (2 * self.num_heads):
             raise ValueError(
                 f"dim {self.dim} must split into {self.num_heads} heads of an even size")
 
@@ -67,16 +67,19 @@ def rope_table(f, h, w, head_dim, frame_stride, device):
     """
     split = 2 * (head_dim // 6)
     angles = []
-    for n, dim, stride in ((f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
-        freqs = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(torch.arange(n, dtype=torch.float64)[:, None] * stride * freqs)
-    frames, rows, columns = angles
-    angles = torch.cat([
-        frames[:, None, None].expand(f, h, w, -1),
-        rows[None, :, None].expand(f, h, w, -1),
-        columns[None, None, :].expand(f, h, w, -1),
-    ], dim=-1).flatten(0, 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    # On the CPU, as MPS has no float64; and never as inference tensors, for the table is kept.
+    with torch.device("cpu"), torch.inference_mode(False):
+        for n, dim, stride in (
+                (f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
+            freqs = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles.append(torch.arange(n, dtype=torch.float64)[:, None] * stride * freqs)
+        frames, rows, columns = angles
+        angles = torch.cat([
+            frames[:, None, None].expand(f, h, w, -1),
+            rows[None, :, None].expand(f, h, w, -1),
+            columns[None, None, :].expand(f, h, w, -1),
+        ], dim=-1).flatten(0, 2)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def rotate(x, rope):

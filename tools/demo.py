@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sample import WEIGHTS, load_config, timed
 from tools import cli, report
@@ -35,6 +36,8 @@ class Demo:
     """videos in an update"""
     seed: int = 0
     """of the data and the noise"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to train"""
 
 
 def main(argv=None):
@@ -59,7 +62,8 @@ def distil(args):
         for name, output in {"dmd": file, "avd": None}.items():
             command = [sys.executable, TRAIN, "distill", "--out", args.out / name,
                        "--model", args.model, "--steps", args.steps,
-                       "--batch-size", args.batch_size, "--seed", args.seed, *FLAGS[name]]
+                       "--batch-size", args.batch_size, "--seed", args.seed,
+                       "--device", args.device, *FLAGS[name]]
             # A terminal sends Ctrl-C to its whole session. The children get one of their own and
             # hear it from us alone: a second one would end them without saving.
             children[name] = subprocess.Popen(

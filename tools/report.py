@@ -32,7 +32,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 import adavid
-from sample import WEIGHTS, load_config, load_interpolator
+from sample import WEIGHTS, load_config, load_interpolator, sample_batches
 from tiny_wan import ToyCodec, WanModel, checkpoint, world
 from tools import cli
 
@@ -145,14 +145,12 @@ def sample_all(out, model, prompts):
                                                             interpolator, generator)
 
     def column(name, how, sampler, forwards=len(config.timesteps), count=len(prompts)):
-        videos, seconds = [], []
-        for batch in torch.arange(count).split(BATCH_SIZE):
-            generator = [torch.Generator().manual_seed(DEMO_SEED + i) for i in batch.tolist()]
-            noise = adavid.draw(torch.randn, (len(batch), *codec.latent_shape), text, generator)
+        videos, seconds, start = [], [], time.perf_counter()
+        for latents in sample_batches(sampler, text[:count], codec.latent_shape, DEMO_SEED,
+                                      BATCH_SIZE):
+            seconds.append((time.perf_counter() - start) / len(latents))
+            videos.append(codec.decode(latents).cpu())
             start = time.perf_counter()
-            latents = sampler(noise, text[batch], generator).cpu()
-            seconds.append((time.perf_counter() - start) / len(batch))
-            videos.append(codec.decode(latents))
         # The median leaves out what only a first batch waits for.
         return Column(name, how, torch.cat(videos), forwards, median(seconds))
 

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 import adavid
-from sample import WEIGHTS, load_config, load_interpolator
-from tiny_wan import ToyCodec, WanModel, world
+from sample import WEIGHTS, load_config, load_interpolator, sample_batches
+from tiny_wan import ToyCodec, WanModel, checkpoint, world
 from tools import cli, demo
 
 EVALUATION_SEED = 2000  # of the prompts; seed s takes EVALUATION_SEED + s
@@ -67,7 +67,8 @@ def run(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if {"dmd", "avd", "avd-full"} & set(args.rows):
         for seed in range(args.seeds):
-            demo.distil(demo.Demo(args.out / f"seed-{seed}", args.model, args.steps, seed=seed))
+            demo.distil(demo.Demo(args.out / f"seed-{seed}", args.model, args.steps, seed=seed,
+                                  device=args.device))
     scores = {row: [scored(args, row, seed, device) for seed in range(args.seeds)]
               for row in args.rows}
     real = [scored(args, "real", seed, device) for seed in range(args.seeds)]
@@ -80,32 +81,35 @@ def run(args):
 
 def scored(args, row, seed, device):
     """Oracle scores of a row's videos for one seed, `{name: [prompts]}`, from its file if there."""
+    folder = args.model if row.startswith(("real", "teacher")) else (
+        args.out / f"seed-{seed}" / row.removesuffix("-full"))
     file = args.out / f"{row}-{seed}.json"
-    if file.exists() and len(json.loads(file.read_text())["instance"]) == args.prompts:
-        return json.loads(file.read_text())
+    if file.exists() and file.stat().st_mtime > (folder / checkpoint.FILE).stat().st_mtime:
+        scores = json.loads(file.read_text())
+        if len(scores["instance"]) == args.prompts:
+            return scores
+
     codec = ToyCodec()
-    video, prompts = world.make(EVALUATION_SEED + seed, range(args.prompts))
+    real, prompts = world.make(EVALUATION_SEED + seed, range(args.prompts))
+    model = WanModel.from_pretrained(folder, torch.float32, device)
+    text, null_text = (codec.encode_text(p).to(device) for p in (prompts, [""]))
+    config = load_config(folder)
+    interpolator = load_interpolator(folder, device) if row == "avd" else None
+
+    def sampler(noise, text, generator):
+        if row == "teacher-50":
+            return adavid.sample_teacher(model, noise, text, null_text,
+                                         guidance_scale=config.guidance_scale)
+        return adavid.sample(model, noise, text, config, interpolator, generator)
+
+    video = real
     if row != "real":
-        folder = args.model if row.startswith("teacher") else (
-            args.out / f"seed-{seed}" / row.removesuffix("-full"))
-        model = WanModel.from_pretrained(folder, torch.float32, device)
-        config, null_text = load_config(folder), codec.encode_text([""]).to(device)
-        interpolator = load_interpolator(folder, device) if row == "avd" else None
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-        videos, began = [], time.perf_counter()
-        for batch in tqdm(torch.arange(args.prompts).split(32), desc=f"{row}, seed {seed}"):
-            text = codec.encode_text([prompts[i] for i in batch]).to(device)
-            noise = adavid.draw(torch.randn, (len(batch), *codec.latent_shape), text, generator)
-            if row == "teacher-50":
-                latents = adavid.sample_teacher(model, noise, text, null_text,
-                                                guidance_scale=config.guidance_scale)
-            else:
-                latents = adavid.sample(model, noise, text, config, interpolator, generator)
-            videos.append(codec.decode(latents).cpu())
-        video = torch.cat(videos)
+        batches = sample_batches(sampler, text, codec.latent_shape,
+                                 (EVALUATION_SEED + seed) << 16, batch_size=32)
+        video = torch.cat([codec.decode(latents).cpu() for latents in tqdm(
+            batches, desc=f"{row}, seed {seed}", total=-(-args.prompts // 32))])
     scores = {name: values.tolist() for name, values in world.score(video, prompts).items()}
-    scores["diversity"] = world.diversity(video, world.make(EVALUATION_SEED + seed,
-                                                            range(args.prompts))[0])
+    scores["diversity"] = world.diversity(video, real)
     file.write_text(json.dumps(scores))
     return scores
 
