@@ -83,7 +83,7 @@ class Teacher(Run):
     score_prompts: int = 256
     """fixed prompts that the finished teacher is scored on"""
     avd: AVDConfig = field(default_factory=lambda: AVDConfig(
-        guidance_scale=3.0, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99)))
+        guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0, 0.99)))
     """what students of this teacher use in place of the paper's numbers, stored with the weights;
     the temporal truncation is measured on real videos"""
 

@@ -52,7 +52,7 @@ def test_teacher_stage_ends_in_a_model_that_loads(tmp_path):
     metadata = checkpoint.read_metadata(tmp_path)
     assert {"avd", "seed", "minutes", "scores"} <= metadata.keys()
     config = sample.load_config(tmp_path)
-    assert config.lr == 1e-4 and 2 < config.temporal_truncation < 3 and config.k == 3.0
+    assert config.lr == 2e-4 and 2 < config.temporal_truncation < 3 and config.k == 3.0
     assert (tmp_path / "samples" / "000003.png").exists()
 
 

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ CHART_STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.ri
 
 @dataclass
 class Report:
-    """Compare the demo's two students with their teacher: report.html and demo.gif."""
+    """Compare the demo's two students with their teacher: report.html, demo.gif, curves.png."""
 
     out: tyro.conf.Positional[Path]
     """folder of the demo, with the runs `dmd` and `avd`"""
@@ -81,6 +82,7 @@ def write(out, model):
     columns = [Column("Real data", "of the same prompts", real), *sample_all(out, model, prompts)]
     _, teacher, _, dmd, *_, avd = columns
     draw_gif(out / "demo.gif", (teacher, dmd, avd), prompts[:4])
+    draw_curves(out / "curves.png", logs)
     page = out / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Adaptive Video Distillation</title>
@@ -224,8 +226,8 @@ def score_table(columns, prompts):
         f"small differences mean nothing.</p>")
 
 
-def charts(logs):
-    """How both runs went, and under each chart what a healthy one looks like."""
+def curves(logs):
+    """How both runs went: (title, lines, what a healthy one looks like) of each chart."""
     names = dict.fromkeys(name for line in logs["avd"] for name in line)
     timesteps = [name.removeprefix("cache_") for name in names if name.startswith("cache_")]
 
@@ -238,23 +240,23 @@ def charts(logs):
                 for t, colour in zip(timesteps, TIMESTEP_COLOURS)]
 
     data = curve(logs["avd"], "data_variance")
-    return "<div class=charts>" + "".join([
-        chart("Distribution matching, L<sub>KL</sub>", of_runs("kl"),
-              "Healthy: it falls, then hovers. A long climb: the critic has lost the student."),
-        chart("The critic's loss", of_runs("critic"),
-              "Healthy: level, or rising slowly while the videos sharpen. A jump: it lost them."),
-        chart("Adaptive regression, L<sub>reg</sub>",
-              of_timesteps("reg", lambda t: curve(logs["avd"], f"cache_{t}")),
-              "AVD alone; bold is the Loss Mean Cache. Healthy: calm. At t = 1000 it rises, as the "
-              "mean of all videos turns into one of them."),
-        chart("Adaptive weight, w",
-              of_timesteps("weight", lambda t: smooth(curve(logs["avd"], f"weight_{t}"))),
-              "Healthy: spread around one half. All exactly there: k is too small to adapt."),
-        chart("Temporal regularisation, L<sub>temp</sub>", of_runs("temp"),
-              "DMD only measures it. Healthy: it nears zero, where every video moves enough."),
-        chart("Temporal variance", [("real data", INK, data, smooth(data))] + of_runs("variance"),
-              "Healthy: it nears real data's. Far below, videos freeze; far above, they jump."),
-    ]) + "</div>"
+    return [
+        ("Distribution matching, L<sub>KL</sub>", of_runs("kl"),
+         "Healthy: it falls, then hovers. A long climb: the critic has lost the student."),
+        ("The critic's loss", of_runs("critic"),
+         "Healthy: level, or rising slowly while the videos sharpen. A jump: it lost them."),
+        ("Adaptive regression, L<sub>reg</sub>",
+         of_timesteps("reg", lambda t: curve(logs["avd"], f"cache_{t}")),
+         "AVD alone; bold is the Loss Mean Cache. Healthy: calm. At t = 1000 it rises, as the "
+         "mean of all videos turns into one of them."),
+        ("Adaptive weight, w",
+         of_timesteps("weight", lambda t: smooth(curve(logs["avd"], f"weight_{t}"))),
+         "Healthy: spread around one half. All exactly there: k is too small to adapt."),
+        ("Temporal regularisation, L<sub>temp</sub>", of_runs("temp"),
+         "DMD only measures it. Healthy: it nears zero, where every video moves enough."),
+        ("Temporal variance", [("real data", INK, data, smooth(data))] + of_runs("variance"),
+         "Healthy: it nears real data's. Far below, videos freeze; far above, they jump."),
+    ]
 
 
 def curve(log, name):
@@ -268,26 +270,41 @@ def smooth(curve):
     return steps, list(accumulate(values, lambda old, new: 0.8 * old + 0.2 * new))
 
 
-def chart(title, lines, caption):
-    """An inline SVG, which takes the page's font and colours.
+def plot(axes, lines):
+    """lines: label, colour, the curve as measured (drawn faint), the averaged curve (bold)."""
+    for label, colour, measured, averaged in lines:
+        axes.plot(*measured, color=colour, alpha=0.45, linewidth=0.8)
+        axes.plot(*averaged, color=colour, label=label)
+    axes.legend(frameon=False, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1),
+                borderpad=0, handlelength=1, columnspacing=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step", fontsize="small", loc="right")
 
-    lines: label, colour, the curve as measured (drawn faint), the averaged curve (drawn bold).
-    """
+
+def charts(logs):
+    """The curves as inline SVG, which takes the page's font and colours, each with its caption."""
+    figures = []
+    for title, lines, caption in curves(logs):
+        with matplotlib.rc_context(CHART_STYLE):
+            figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+            plot(figure.subplots(), lines)
+            svg = StringIO()
+            figure.savefig(svg, format="svg", transparent=True,
+                           metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        _, tag, svg = svg.getvalue().replace(INK, "currentColor").partition("<svg")
+        figures.append(f"<figure><h3>{title}</h3>{tag}{svg}"
+                       f"<figcaption>{caption}</figcaption></figure>")
+    return f"<div class=charts>{''.join(figures)}</div>"
+
+
+def draw_curves(path, logs):
+    """The same curves as one picture, for a README."""
     with matplotlib.rc_context(CHART_STYLE):
-        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for label, colour, measured, averaged in lines:
-            axes.plot(*measured, color=colour, alpha=0.45, linewidth=0.8)
-            axes.plot(*averaged, color=colour, label=label)
-        axes.legend(frameon=False, ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1),
-                    borderpad=0, handlelength=1, columnspacing=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("step", fontsize="small", loc="right")
-        svg = StringIO()
-        figure.savefig(svg, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    _, tag, svg = svg.getvalue().replace(INK, "currentColor").partition("<svg")
-    return f"<figure><h3>{title}</h3>{tag}{svg}<figcaption>{caption}</figcaption></figure>"
+        figure = Figure(figsize=(13, 6), layout="constrained")
+        for axes, (title, lines, _) in zip(figure.subplots(2, 3).flat, curves(logs)):
+            plot(axes, lines)
+            axes.set_title(re.sub("<.*?>", "", title), loc="left", pad=24)
+        figure.savefig(path, dpi=80)
 
 
 def setup(out, logs):
