@@ -68,6 +68,8 @@ class Teacher(Run):
     sample_every: int = 1000
     preset: Literal[tuple(PRESETS)] = "tiny"
     """architecture"""
+    init: Path | None = None
+    """start from the weights in this folder rather than from random ones"""
     lr: float = 3e-3
     """peak learning rate: warmed up over 100 steps, brought to zero over the last half"""
     shift: float = 5.0
@@ -142,7 +144,8 @@ def distill_defaults(argv):
 
 def train_teacher(args):
     device, codec = cli.pick_device(args.device), ToyCodec()
-    model = WanModel(PRESETS[args.preset]).init_weights(args.seed).to(device)
+    model = (WanModel.from_pretrained(args.init, torch.float32) if args.init
+             else WanModel(PRESETS[args.preset]).init_weights(args.seed)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     # Muon learns the blocks' matrices in half the steps that AdamW takes; it is for matrices alone.
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
