@@ -68,16 +68,17 @@ class Teacher(Run):
     sample_every: int = 1000
     preset: Literal[tuple(PRESETS)] = "tiny"
     """architecture"""
-    init: Path | None = None
-    """start from the weights in this folder rather than from random ones"""
     lr: float = 3e-3
-    """peak learning rate: warmed up over 100 steps, brought to zero over the last half"""
-    shift: float = 5.0
+    """peak learning rate: warmed up over 100 steps, then brought down to zero"""
+    shift: float = 8.0
     """most timesteps fall at high noise, where a video's motion is decided"""
     sigma_floor: float = 0.3
     """below this sigma the loss is that of x0: a tiny network would drown in faint noise"""
     drop_prompt: float = 0.1
     """share of prompts left empty, which is what guidance contrasts with"""
+    drop_motion: float = 0.4
+    """share of prompts cut to their colour: where words say nothing of the motion, the network
+    must read it off the other frames"""
     ema: float = 0.999
     """decay of the averaged weights that are kept"""
     compile: bool = False
@@ -144,8 +145,7 @@ def distill_defaults(argv):
 
 def train_teacher(args):
     device, codec = cli.pick_device(args.device), ToyCodec()
-    model = (WanModel.from_pretrained(args.init, torch.float32) if args.init
-             else WanModel(PRESETS[args.preset]).init_weights(args.seed)).to(device)
+    model = WanModel(PRESETS[args.preset]).init_weights(args.seed).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     # Muon learns the blocks' matrices in half the steps that AdamW takes; it is for matrices alone.
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -159,8 +159,11 @@ def train_teacher(args):
         video, prompts = world.make(args.seed, range(first, first + args.batch_size))
         generator = streams(args, "teacher", first)
         x0 = codec.encode(video).to(device)
-        drop = adavid.draw(torch.rand, x0.shape[:1], x0, generator) < args.drop_prompt
-        text = codec.encode_text(["" if d else p for d, p in zip(drop, prompts)]).to(device)
+        drop = adavid.draw(torch.rand, x0.shape[:1], x0, generator)
+        text = codec.encode_text([
+            "" if d < args.drop_prompt else world.without_motion(prompt)
+            if d < args.drop_prompt + args.drop_motion else prompt
+            for d, prompt in zip(drop.tolist(), prompts)]).to(device)
         u = adavid.draw(torch.rand, x0.shape[:1], x0, generator)
         noise = adavid.draw(torch.randn, x0.shape, x0, generator)
         sigma = adavid.shifted(u, args.shift)
@@ -292,8 +295,8 @@ def distill(args):
 
 
 def warmed_up_and_decayed(args, step):
-    """The learning rate: up over 100 steps, down to zero over the last half."""
-    return args.lr * min(1, (step + 1) / 100, 2 * (1 - step / args.steps))
+    """The learning rate: up over 100 steps, down to zero over the last three quarters."""
+    return args.lr * min(1, (step + 1) / 100, (1 - step / args.steps) / 0.75)
 
 
 def descend(name, loss, model, optimizers, lr, max_norm):

@@ -69,7 +69,7 @@ def test_a_still_video_is_not_dynamic():
 
 def test_jitter_is_not_motion():
     video = VIDEOS[:, :, :1].repeat(1, 1, 9, 1, 1)
-    video[:, :, 1::2] = video[:, :, 1::2].roll(1, dims=-1)
+    video[:, :, 1::2] = video[:, :, 1::2].roll(2, dims=-1)
     s = scores(video)
     assert mean(s["dynamic"]) < 0.01 and mean(s["flicker"]) > 3 * mean(scores(VIDEOS)["flicker"])
 
@@ -114,7 +114,7 @@ def test_a_sample_is_the_same_in_any_batch():
 def test_prompts_name_and_leave_open():
     share = lambda word: sum(word in p for p in PROMPTS) / len(PROMPTS)
     assert all(p.split()[1] in world.COLOURS for p in PROMPTS)
-    assert share("moving") == pytest.approx(0.69, abs=0.06)
+    assert share("moving") == pytest.approx(0.78, abs=0.06)
     assert 0.05 < share("slowly") < share("fast") < share("moving")
 
 

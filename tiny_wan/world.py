@@ -1,8 +1,8 @@
 """The toy world: short videos of one soft disc, their prompts, and an oracle that reads them back.
 
-A ball of one of six natural colours crosses a nearly grey background of 16 x 16 pixels within 9
-frames, at any speed from nearly still to fast. Prompts always name the colour; direction and speed
-are named in a part of them and left open in the rest, which is where few-step students lose motion.
+A ball of one of six natural colours crosses a grey background of 16 x 16 pixels within 9 frames, at
+any speed from nearly still to fast. Prompts always name the colour; direction and speed are named
+in a part of them and left open in the rest, which is where few-step students lose motion.
 A video is `b c f h w`, RGB in [0, 1]. Lengths are in pixels, speeds in pixels per frame.
 """
 
@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-FRAMES, SIZE = 9, 16
+FRAMES, SIZE, RADIUS = 9, 16, 3.0
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # hues 0, 60, ..., 300 degrees
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}  # (x, y)
 SLOW, FAST = 0.45, 0.7  # below one a ball moves slowly, above the other fast
@@ -24,15 +24,14 @@ def make(seed, indices):
     """Videos `[b, 3, 9, 16, 16]` and their prompts. Sample i of a seed is the same in any batch."""
     # NumPy's seeds take any number of words; torch's generator looks at 32 bits alone.
     u = torch.from_numpy(np.stack([
-        np.random.default_rng((seed, i)).random(17, dtype=np.float32) for i in indices]))
-    (name_motion, name_speed, colour, hue, saturation, value, grey, tint_r, tint_g, tint_b, slope,
-     slope_angle, radius, speed, direction, along, across) = u.unbind(1)
-    colour, direction = (colour * 6).long(), (direction * 4).long()
-    speed, radius = MAX_SPEED * speed.sqrt(), 2.6 + 0.8 * radius
+        np.random.default_rng((seed, i)).random(11, dtype=np.float32) for i in indices]))
+    (name_motion, name_speed, colour, hue, saturation, value, grey, speed, direction, along,
+     across) = u.unbind(1)
+    colour, direction, speed = (colour * 6).long(), (direction * 4).long(), MAX_SPEED * speed.sqrt()
 
     # The ball comes in at one side, so that its direction shows in its place from the first frame
     # on; and it stays inside, so that a fast one starts close to the edge.
-    margin = radius + 0.5
+    margin = RADIUS + 0.5
     heading = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[direction]
     along = margin + along * (SIZE - 2 * margin - speed * (FRAMES - 1)).clamp(0, 2)
     across = SIZE / 2 + 5 * (across - 0.5)
@@ -45,19 +44,15 @@ def make(seed, indices):
     dx = pixel - centre[..., 0, None]
     dy = pixel - centre[..., 1, None]
     distance = (dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2).sqrt()
-    disc = (radius[:, None, None, None] - distance + 0.5).clamp(0, 1)[:, None]  # b 1 f h w
+    disc = (RADIUS - distance + 0.5).clamp(0, 1)[:, None]  # b 1 f h w
 
     ball = hsv_to_rgb(colour * 60 + 20 * (hue - 0.5), 0.4 + 0.2 * saturation, 0.6 + 0.2 * value)
-    tint = 0.03 * torch.stack([tint_r, tint_g, tint_b], dim=1)
-    angle = 2 * math.pi * slope_angle
-    ramp = (angle.cos()[:, None, None] * (pixel / SIZE - 0.5)
-            + angle.sin()[:, None, None] * (pixel / SIZE - 0.5)[:, None])
-    ground = (0.35 + 0.3 * grey + 0.2 * slope * ramp.permute(1, 2, 0)).permute(2, 0, 1)[:, None]
-    ground = (ground + tint[:, :, None, None])[:, :, None]  # b 3 1 h w
-    video = disc * ball[:, :, None, None, None] + (1 - disc) * ground
+    ground = 0.35 + 0.3 * grey
+    video = (disc * ball[:, :, None, None, None]
+             + (1 - disc) * ground[:, None, None, None, None])
 
     prompts = [
-        prompt_of(COLOURS[c], list(DIRECTIONS)[d] if m < 0.7 and s > NOT_MOVING else None,
+        prompt_of(COLOURS[c], list(DIRECTIONS)[d] if m < 0.8 and s > NOT_MOVING else None,
                   s if n < 0.7 else None)
         for c, d, s, m, n in zip(*(x.tolist() for x in (
             colour, direction, speed, name_motion, name_speed)))]
@@ -71,6 +66,11 @@ def prompt_of(colour, direction=None, speed=None):
         if speed is not None and not SLOW <= speed <= FAST:
             words.append("slowly" if speed < SLOW else "fast")
     return " ".join(words)
+
+
+def without_motion(prompt):
+    """The prompt with direction and speed left open."""
+    return prompt.partition(" moving")[0]
 
 
 def hsv_to_rgb(hue, saturation, value):
@@ -88,12 +88,12 @@ def read(video):
 
     whole       the ball is there, compact, of one size and colour, and never jumps: the instance
                 is preserved
-    hue         of the ball, degrees; `saturation`, its HSV saturation; `radius`, pixels
+    hue         of the ball, degrees; `saturation`, its HSV saturation
     x, y        its place in the middle of the video; `vx`, `vy`, its velocity, pixels per frame
     flicker     mean absolute second difference of the pixels in time
     """
     video = video.float().clamp(0, 1)
-    chroma = video.amax(1) - video.amin(1)  # b f h w: the background is nearly grey
+    chroma = video.amax(1) - video.amin(1)  # b f h w: the background is grey
     mask = (chroma > 0.12).float()
     area = mask.sum((2, 3))
     count = area.clamp(min=1)
@@ -119,7 +119,6 @@ def read(video):
         & (hue_distance(hue, video_hue[:, None]) < 30).all(1) & (jump < 0.75),
         "hue": video_hue,
         "saturation": saturation.mean(1),
-        "radius": (area.mean(1) / math.pi).sqrt(),
         "x": x.mean(1),
         "y": y.mean(1),
         "vx": (x * time).sum(1) / (time ** 2).sum(),  # least squares: jitter is not motion
@@ -177,6 +176,6 @@ def score(video, prompts):
 
 def diversity(video, real):
     """How widely readings vary over a set of videos, as a share of how they do over real ones."""
-    names = ("x", "y", "vx", "vy", "radius", "saturation")
+    names = ("x", "y", "vx", "vy", "saturation")
     ours, theirs = map(read, (video, real))
     return torch.stack([ours[name].std() / theirs[name].std() for name in names]).mean().item()
