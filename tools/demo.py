@@ -30,7 +30,7 @@ class Demo:
     """folder of both runs, of the report and of the moving picture"""
     model: Path = WEIGHTS
     """folder of the teacher, and of its interpolator"""
-    steps: int = 30
+    steps: int = 40
     """updates of each student"""
     batch_size: int = 16
     """videos in an update"""
