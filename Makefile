@@ -9,10 +9,10 @@ demo: .venv/ready  ## distil the toy teacher twice and write runs/demo/report.ht
 test: .venv/ready  ## all tests, on the CPU
 	$(RUN) -m pytest -q
 
-results: .venv/ready  ## the README's table, about an hour
+results: .venv/ready  ## the README's table, about 15 minutes
 	$(RUN) -m tools.results
 
-weights: .venv/ready  ## train the shipped teacher and interpolator again, about an hour
+weights: .venv/ready  ## train the shipped teacher and interpolator again, about 40 minutes
 	$(RUN) train.py teacher --out runs/teacher --compile
 	$(RUN) train.py interpolator --out runs/interpolator
 

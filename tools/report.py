@@ -242,7 +242,8 @@ def curves(logs):
     data = curve(logs["avd"], "data_variance")
     return [
         ("Distribution matching, L<sub>KL</sub>", of_runs("kl"),
-         "Healthy: up while the critic catches up, down, then level. A long climb: it lost the student."),
+         "Healthy: up until the critic has caught up, down, then level. A long climb: it lost the "
+         "student."),
         ("The critic's loss", of_runs("critic"),
          "Healthy: level, or rising slowly while the videos sharpen. A jump: it lost them."),
         ("Adaptive regression, L<sub>reg</sub>",
