@@ -1,8 +1,13 @@
+import signal
+
 import pytest
 import torch
 
 from adavid import AVDConfig, FrameInterpolator
 from tiny_wan import WanConfig, WanModel
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
