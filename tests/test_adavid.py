@@ -1,11 +1,10 @@
 """The method's functions, each against its equation and its contract."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import adavid

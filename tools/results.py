@@ -11,7 +11,6 @@ the output folder, one file for each row and seed: a second call goes on where t
 import json
 import platform
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
