@@ -95,10 +95,8 @@ class AVDConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     def to_json(self):
-        """What differs from the paper, to be stored with weights."""
-        paper = type(self)()
-        return json.dumps({name: value for name, value in asdict(self).items()
-                           if value != getattr(paper, name)})
+        """All numbers, to be stored with weights."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text):
@@ -457,13 +455,27 @@ def sample(model, noise, text, config, interpolator=None, generator=None):
 @torch.no_grad()
 def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, shift=5.0,
                    solver="euler"):
-    """Guided Euler steps down the flow's ODE, on a shifted grid of sigmas from 1 to 0."""
-    if solver != "euler":
-        raise ValueError(f"solver {solver!r} is unknown; there is 'euler'")
-    dtype = torch.promote_types(noise.dtype, torch.float32)  # many small steps add up
-    x, sigmas = noise.to(dtype), shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
-    for sigma, next_sigma in pairwise(sigmas):
-        t = torch.full((len(x),), 1000 * sigma, dtype=dtype, device=x.device)
-        v = guided_velocity(model, x.to(noise.dtype), t, text, null_text, guidance_scale)
-        x = x + (next_sigma - sigma) * v
+    """Guided steps down the flow's ODE, on a shifted grid of sigmas from 1 to 0.
+
+    solver: "euler", or "unipc", diffusers' multistep scheduler, stepping as its WanPipeline does.
+    """
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))  # many small steps add up
+
+    def velocity(t):
+        return guided_velocity(model, x.to(noise.dtype), x.new_full((len(x),), t), text, null_text,
+                               guidance_scale).to(x.dtype)
+
+    if solver == "euler":
+        sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+        for sigma, next_sigma in pairwise(sigmas):
+            x = x + (next_sigma - sigma) * velocity(1000 * sigma)
+    elif solver == "unipc":
+        from diffusers import UniPCMultistepScheduler  # in the extra [wan]
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps.tolist():
+            x = scheduler.step(velocity(t), t, x).prev_sample
+    else:
+        raise ValueError(f"solver {solver!r} is unknown; there are 'euler' and 'unipc'")
     return x.to(noise.dtype)

@@ -9,6 +9,7 @@ Models", arXiv 2503.20314.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -42,20 +43,25 @@ class WanConfig:
             raise ValueError(
                 f"dim {self.dim} must split into {self.num_heads} heads of an even size")
 
+    @classmethod
+    def from_pretrained(cls, path):
+        """The architecture of the weights at `path`, without loading them."""
+        return cls(**checkpoint.read_config(path))
+
 
 PRESETS = {
     "tiny": WanConfig(96, 384, 4, 4, in_dim=12, out_dim=12, text_dim=15, text_len=8),
     "wan-1.3b": WanConfig(1536, 8960, 12, 30),
     "wan-14b": WanConfig(5120, 13824, 40, 40),
 }
+KEPT_PRECISE = re.compile(r"time_embedding|time_projection|modulation|norm")
 
 
 def sinusoidal_embedding(t, dim):
-    """`t` `[b]` in [0, 1000] -> `[b, dim]`, cosines first; float64 inside, where there is one."""
-    t = t.cpu() if t.device.type == "mps" else t
-    freqs = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
-    angles = t.double()[:, None] * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    """`t` `[b]` in [0, 1000] -> `[b, dim]`, cosines first. In float32, as in diffusers."""
+    places = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * places / (dim // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 @lru_cache(maxsize=16)
@@ -98,7 +104,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -206,8 +212,9 @@ class WanModel(nn.Module):
         rope = rope_table(f, h, w, c.dim // c.num_heads, frame_stride, x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
-        e = self.time_embedding(sinusoidal_embedding(t, c.freq_dim).to(x.device, dtype)).float()
-        e6 = self.time_projection(e.to(dtype)).float().unflatten(1, (6, c.dim))
+        precise = self.time_embedding[0].weight.dtype
+        e = self.time_embedding(sinusoidal_embedding(t.to(x.device), c.freq_dim).to(precise))
+        e, e6 = e.float(), self.time_projection(e).float().unflatten(1, (6, c.dim))
 
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -239,29 +246,27 @@ class WanModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """A model from a folder or a safetensors file (see `checkpoint.py`), in its own dtype.
+        """A model from a folder or a safetensors file of any layout (see `checkpoint.py`).
 
+        dtype: by default the file's own, memory-mapped. In a shorter one than float32, what Wan
+            computes in float32 stays in it: the time embedding, the modulation and the norms.
         ValueError or FileNotFoundError names the file, and the tensor that is missing, left over
         or of another shape.
         """
-        tensors = checkpoint.read_weights(path, dtype, device)
-        config = WanConfig(**checkpoint.read_config(path, tensors))
+        def convert(name, tensor):
+            return tensor.to(device, torch.float32 if dtype and KEPT_PRECISE.search(name) else dtype)
+
         with torch.device("meta"):
-            model = cls(config)
-        expected = {name: p.shape for name, p in model.state_dict().items()}
-        for name in expected.keys() | tensors.keys():
-            if name not in tensors:
-                raise ValueError(f"{path}: tensor {name!r} is missing")
-            if name not in expected:
-                raise ValueError(f"{path}: tensor {name!r} has no place in {config}")
-            if tensors[name].shape != expected[name]:
-                raise ValueError(f"{path}: tensor {name!r} is {list(tensors[name].shape)}, but "
-                                 f"must be {list(expected[name])}")
-        model.load_state_dict(tensors, assign=True)
+            model = cls(WanConfig.from_pretrained(path))
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        model.load_state_dict(checkpoint.read_weights(path, shapes, convert), assign=True)
         return model
 
     def save_pretrained(self, path, layout="original", metadata=None):
-        """Write a folder that `from_pretrained` and the original code read."""
-        if layout != "original":
-            raise ValueError(f"layout {layout!r} is unknown; there is 'original'")
-        checkpoint.write(path, asdict(self.config), self.state_dict(), metadata or {})
+        """Write what `from_pretrained` and the software of that layout read, above 5 GB in shards.
+
+        layout: "original" or "diffusers", a folder; or "comfyui", one file: `path`, if it ends in
+            .safetensors, or else in the folder `path`.
+        metadata: strings for the files' headers.
+        """
+        checkpoint.write(path, asdict(self.config), self.state_dict(), layout, metadata)
