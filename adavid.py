@@ -448,8 +448,7 @@ def sample(model, noise, text, config, interpolator=None, generator=None):
         stride (else ValueError); without one, every step runs at the full rate.
     generator: one torch.randn for each renoising, of the next step's shape.
     """
-    return few_steps(model, noise, text, config.timesteps, config.strides, interpolator,
-                     generator)
+    return few_steps(model, noise, text, config.timesteps, config.strides, interpolator, generator)
 
 
 @torch.no_grad()
@@ -466,8 +465,7 @@ def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, 
                                guidance_scale).to(x.dtype)
 
     if solver == "euler":
-        sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
-        for sigma, next_sigma in pairwise(sigmas):
+        for sigma, next_sigma in pairwise(shifted(torch.linspace(1, 0, steps + 1), shift).tolist()):
             x = x + (next_sigma - sigma) * velocity(1000 * sigma)
     elif solver == "unipc":
         from diffusers import UniPCMultistepScheduler  # in the extra [wan]

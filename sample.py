@@ -1,32 +1,29 @@
 """Prompts to videos: by a distilled student in four steps, or by its teacher in fifty.
 
     python sample.py "a red ball moving left fast" --model runs/demo/avd
-    python sample.py --prompts-file prompts.txt --teacher --steps 50
+    python sample.py "a cat walks on grass" --model Wan2.1-T2V-1.3B --teacher
 
-Writes one mp4 for each prompt and a contact sheet of them all.
+Writes one mp4 for each prompt and a contact sheet of the first ones.
 """
 
-import re
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import imageio.v3 as iio
 import torch
 import tyro
-from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import adavid
-from tiny_wan import ToyCodec, WanModel, checkpoint
+from tiny_wan import WanConfig, WanModel, checkpoint, open_codec
 from tools import cli
+from tools.media import file_names, thumbnails, write_contact_sheet, write_video
 
 WEIGHTS = Path(__file__).parent / "tiny_wan" / "weights"
+SHOWN = 16  # rows of the contact sheet
 
 
 @dataclass
@@ -37,10 +34,20 @@ class Sample:
     """what to draw, each in quotes"""
     prompts_file: Path | None = None
     """a text file with one prompt on each line, after those of the command line"""
+    videos_per_prompt: int = 1
+    """videos of each prompt"""
     model: Path = WEIGHTS
-    """folder of a student, or of a teacher"""
+    """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file"""
+    codec: Path | None = None
+    """folder with Wan's text encoder and VAE; by default the model's own"""
     out: Path = Path("runs/samples")
     """folder for the videos and the contact sheet"""
+    frames: int | None = None
+    """of the video; by default 81 for Wan, and 9 for the toy"""
+    height: int | None = None
+    """in pixels; by default 480, and 16"""
+    width: int | None = None
+    """in pixels; by default 832, and 16"""
     seed: int = 0
     """of the noise; video i has seed + i, whatever else is in the batch"""
     full_rate: bool = False
@@ -51,8 +58,20 @@ class Sample:
     """with --teacher: its steps"""
     guidance_scale: float | None = None
     """with --teacher: its guidance; by default the one that its students learn from"""
-    batch_size: int = 16
-    """videos at a time"""
+    negative_prompt: str | None = None
+    """with --teacher: what guidance leads away from; by default Wan's own, and nothing"""
+    shift: float = 5.0
+    """with --teacher: moves its steps towards noise"""
+    solver: Literal["euler", "unipc"] | None = None
+    """with --teacher: by default unipc for Wan, as in diffusers, and euler for the toy"""
+    batch_size: int | None = None
+    """videos at a time; by default 1, and 16"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the transformer; auto is bfloat16 for Wan on a GPU, else float32"""
+    compile: bool = False
+    """torch.compile the transformer's blocks: a minute to start, then faster"""
+    vae_tiling: bool = False
+    """decode the picture in tiles: slower, for cards with little memory"""
     save_latents: bool = False
     """write latents.safetensors, too"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -64,39 +83,73 @@ def main(argv=None):
 
 
 def run(args):
-    device = cli.pick_device(args.device)
+    device, watch = cli.pick_device(args.device), cli.Stopwatch()
     prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
+
+    # What is quickly seen to be wrong comes first; the text encoder leaves before the transformer.
+    config, architecture = load_config(args.model), WanConfig.from_pretrained(args.model)
+    if args.guidance_scale is not None:
+        config = replace(config, guidance_scale=args.guidance_scale)
+    interpolator = None
+    if not args.teacher:
+        interpolator = None if args.full_rate else load_interpolator(args.model, device)
+        if interpolator is None and not args.full_rate:
+            print("note: no interpolator.safetensors beside the model, so all steps are full rate")
+        if "method" not in checkpoint.read_metadata(args.model):
+            print("note: the model's file does not say that it is distilled; a teacher needs "
+                  "--teacher")
+    codec = open_codec(args.model, architecture, args.codec, device=device, tiling=args.vae_tiling)
+    shape = codec.latent_shape(args.frames, args.height, args.width,
+                               1 if interpolator is None else config.strides[0])
+    prompts = [prompt for prompt in prompts for _ in range(args.videos_per_prompt)]
+    batch_size = args.batch_size or codec.batch_size
     args.out.mkdir(parents=True, exist_ok=True)
 
-    with timed("load"):
-        model = WanModel.from_pretrained(args.model, torch.float32, device).eval()
-        config = load_config(args.model)
-        if args.guidance_scale is not None:
-            config = replace(config, guidance_scale=args.guidance_scale)
-        interpolator = None if args.full_rate else load_interpolator(args.model, device)
-        codec = ToyCodec()
-        text, null_text = (codec.encode_text(p).to(device) for p in (prompts, [""]))
+    with watch("encode prompts"):
+        negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
+        *text, null_text = codec.encode_text([*prompts, negative])
+        text, null_text = torch.stack(text), null_text[None].to(device)
+    with watch("load"):
+        auto = codec.gpu_dtype if device.type == "cuda" else torch.float32
+        dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+        model = WanModel.from_pretrained(args.model, dtype, device).eval()
+        if args.compile:
+            for block in model.blocks:
+                block.compile()
+
+    forwards = 2 * args.steps if args.teacher else len(config.timesteps)
+    bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
+
+    def counted(*inputs, **options):
+        velocity = model(*inputs, **options)
+        bar.update()
+        return velocity
 
     def sampler(noise, text, generator):
-        if args.teacher:
-            return adavid.sample_teacher(model, noise, text, null_text, args.steps,
-                                         config.guidance_scale)
-        return adavid.sample(model, noise, text, config, interpolator, generator)
+        noise, text = noise.to(device), text.to(device)
+        with watch("denoise"):
+            if args.teacher:
+                return adavid.sample_teacher(
+                    counted, noise, text, null_text, args.steps, config.guidance_scale,
+                    args.shift, args.solver or codec.solver).cpu()
+            return adavid.sample(counted, noise, text, config, interpolator, generator).cpu()
 
-    batches = -(-len(prompts) // args.batch_size)
-    forwards = batches * (2 * args.steps if args.teacher else len(config.timesteps))
-    with timed("sample"), progress(model, forwards):
-        latents = torch.cat([*sample_batches(sampler, text, codec.latent_shape, args.seed,
-                                             args.batch_size)])
-    with timed("decode and write"):
-        videos = codec.decode(latents).cpu()
-        for i, (prompt, video) in enumerate(zip(prompts, videos)):
-            write_video(args.out / f"{file_name(prompt)}-{i}.mp4", video, codec.fps)
-        write_contact_sheet(args.out / "contact_sheet.png", videos)
-        if args.save_latents:
-            save_file({"latents": latents.cpu().contiguous()}, args.out / "latents.safetensors")
+    names, rows, kept = file_names(prompts), [], []
+    with bar:
+        for latents in sample_batches(sampler, text, shape, args.seed, batch_size):
+            with watch("decode and write"):
+                for video in codec.decode(latents).cpu():
+                    write_video(args.out / next(names), video, codec.fps)
+                    if len(rows) < SHOWN:
+                        rows.append(thumbnails(video))
+            if args.save_latents:
+                kept.append(latents)
+    write_contact_sheet(args.out / "contact_sheet.png", rows)
+    if kept:
+        save_file({"latents": torch.cat(kept)}, args.out / "latents.safetensors")
+    print(watch)
     print(f"{len(prompts)} videos and contact_sheet.png are in {args.out}")
 
 
@@ -122,7 +175,7 @@ def load_config(path):
 
 def load_interpolator(path, device):
     """The interpolator that lies beside a model's weights, frozen, or None."""
-    file = Path(path) / "interpolator.safetensors"
+    file = checkpoint.home(path) / "interpolator.safetensors"
     if not file.exists():
         return None
     try:
@@ -132,56 +185,12 @@ def load_interpolator(path, device):
     return interpolator.to(device).requires_grad_(False)
 
 
-@contextmanager
-def timed(part):
-    """Print how long a part took."""
-    start = time.perf_counter()
-    yield
-    print(f"{part}: {time.perf_counter() - start:.1f} s")
-
-
-@contextmanager
-def progress(model, forwards):
-    """A progress bar that counts the model's forwards."""
-    with tqdm(desc="denoising", unit="forward", total=forwards, leave=False) as bar:
-        def count(*_):  # returns None: anything else would replace the model's output
-            bar.update()
-
-        hook = model.register_forward_hook(count)
-        yield
-        hook.remove()
-
-
 def sample_batches(sampler, text, latent_shape, seed, batch_size):
     """Latents of `sampler(noise, text, generator)`, a batch at a time. Video i has seed + i."""
     for batch in torch.arange(len(text)).split(batch_size):
         generator = [torch.Generator().manual_seed(seed + i) for i in batch.tolist()]
         noise = adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator)
         yield sampler(noise, text[batch], generator)
-
-
-def file_name(prompt):
-    return re.sub(r"[^\w-]+", "_", prompt).strip("_")[:100]
-
-
-def to_bytes(frames, height, least):
-    """`... h w c` in [0, 1] -> bytes, each pixel repeated until a frame is `least` pixels high."""
-    times = max(1, least // height)
-    frames = (255 * frames).round().byte()
-    return frames.repeat_interleave(times, -3).repeat_interleave(times, -2).numpy()
-
-
-def write_video(path, video, fps):
-    """An mp4 of one video `[3, f, h, w]` in [0, 1]."""
-    frames = to_bytes(rearrange(video, "c f h w -> f h w c"), video.shape[-2], least=256)
-    iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2)
-
-
-def write_contact_sheet(path, videos, columns=9):
-    """A picture with a row for each video `[b, 3, f, h, w]` and a column for each frame."""
-    frames = torch.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().long()
-    sheet = rearrange(videos[:, :, frames], "b c f h w -> (b h) (f w) c")
-    iio.imwrite(path, to_bytes(sheet, videos.shape[-2], least=64))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from tqdm import tqdm
 import adavid
 import kernels
 from adavid import AVDConfig, FrameInterpolator
-from sample import WEIGHTS, load_config, load_interpolator, write_contact_sheet
+from sample import WEIGHTS, load_config, load_interpolator
 from tiny_wan import PRESETS, ToyCodec, WanModel, checkpoint, world
 from tools import cli
+from tools.media import thumbnails, write_contact_sheet
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -197,7 +198,7 @@ def train_teacher(args):
 def train_interpolator(args):
     device, codec = cli.pick_device(args.device), ToyCodec()
     torch.manual_seed(args.seed)
-    model = FrameInterpolator(codec.in_dim, args.width).to(device)
+    model = FrameInterpolator(codec.channels, args.width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
 
     def update(step):
@@ -215,7 +216,8 @@ def train_interpolator(args):
         video = world.make(GRID_SEED, range(8))[0].to(device)
         with torch.no_grad():
             filled = codec.decode(model(codec.encode(video)[:, :, ::2]))
-        write_contact_sheet(path, torch.stack([video, filled], dim=1).flatten(0, 1).cpu())
+        pairs = torch.stack([video, filled], dim=1).flatten(0, 1).cpu()
+        write_contact_sheet(path, map(thumbnails, pairs))
 
     minutes = loop(args, {"model": model, "optimizer": optimizer}, update, show)
     model.half().save_pretrained(args.out / "interpolator.safetensors",
@@ -289,7 +291,8 @@ def distill(args):
     state = {"student": student, "critic": critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
     loop(args, state, update, lambda path: sample_grid(path, sample, codec, device))
-    student.save_pretrained(args.out, metadata={"avd": config.to_json(), "seed": str(args.seed)})
+    student.save_pretrained(args.out, metadata={
+        "method": "AVD", "avd": config.to_json(), "seed": str(args.seed)})
     if interpolator is not None:
         shutil.copy(args.model / "interpolator.safetensors", args.out)
 
@@ -335,10 +338,10 @@ def sample_grid(path, sample, codec, device, prompts=8):
     """Sample fixed prompts from fixed noise; draw them, if there is a path, and return scores."""
     names = world.make(GRID_SEED, range(prompts))[1]
     text = codec.encode_text(names).to(device)
-    noise = torch.randn((prompts, *codec.latent_shape), generator=stream(GRID_SEED, "grid"))
+    noise = torch.randn((prompts, *codec.latent_shape()), generator=stream(GRID_SEED, "grid"))
     videos = codec.decode(sample(noise.to(device), text)).cpu()
     if path:
-        write_contact_sheet(path, videos)
+        write_contact_sheet(path, map(thumbnails, videos))
     return {name: value.nanmean().item() for name, value in world.score(videos, names).items()}
 
 

@@ -121,7 +121,7 @@ def test_prompts_name_and_leave_open():
 def test_codec_is_lossless():
     codec = ToyCodec()
     latents = codec.encode(VIDEOS)
-    assert latents.shape[1:] == codec.latent_shape
+    assert latents.shape[1:] == codec.latent_shape()
     assert 0.5 < latents.std() < 1.5
     torch.testing.assert_close(codec.decode(latents), VIDEOS, atol=1e-6, rtol=0)
 

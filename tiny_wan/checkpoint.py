@@ -63,6 +63,12 @@ def model_folder(path):
     return inner if inner.is_dir() else Path(path)
 
 
+def home(path):
+    """The folder for what goes with a transformer: that with transformer/, or a bare file's."""
+    path = Path(path)
+    return path if path.is_dir() and path.name != "transformer" else path.parent
+
+
 def weight_files(path):
     """The safetensors files of a folder or of a bare file's path. FileNotFoundError names one."""
     path = model_folder(path)

@@ -49,7 +49,7 @@ class ToyCodec(Codec):
     frames, height, width, fps = world.FRAMES, world.SIZE, world.SIZE, 8
     channels, time_factor, space_factor = 12, 1, 2
     text_dim, negative_prompt = len(world.VOCABULARY), ""
-    solver, batch_size = "euler", 16  # what suits sampling
+    solver, batch_size, gpu_dtype = "euler", 16, torch.float32  # what suits sampling
 
     def encode_text(self, prompts):
         """Prompts -> `[b, l, text_dim]`, zeros after a prompt's end. ValueError on other words."""
@@ -77,14 +77,14 @@ class ToyCodec(Codec):
 class WanCodec(Codec):
     """Wan's UMT5-XXL and causal VAE, from a Diffusers folder or from an original one.
 
-    folders: where to look, in this order. ValueError says what none of them has.
+    ValueError says what is not in the folder.
     dtype: of the text encoder, by default the file's own. The VAE works in float32.
     tiling: decode the picture in tiles: slower, for cards with little memory.
     """
 
     frames, height, width, fps = 81, 480, 832, 16
     channels, time_factor, space_factor = 16, 4, 8
-    solver, batch_size = "unipc", 1
+    solver, batch_size, gpu_dtype = "unipc", 1, torch.bfloat16
     negative_prompt = (  # Wan's own
         "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -92,13 +92,13 @@ class WanCodec(Codec):
     NAMES = {"text encoder": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
              "tokenizer": ("tokenizer", "google/umt5-xxl"), "VAE": ("vae", "Wan2.1_VAE.pth")}
 
-    def __init__(self, folders, device="cpu", dtype=None, tiling=False):
+    def __init__(self, folder, device="cpu", dtype=None, tiling=False):
         self.device, self.dtype, self.tiling = torch.device(device), dtype, tiling
         self.parts = {}
         for part, names in self.NAMES.items():
-            found = [Path(f) / n for f in folders for n in names if (Path(f) / n).exists()]
+            found = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
             if not found:
-                raise ValueError(f"{folders[0]}: no {part} in it ({' or '.join(names)}); give the "
+                raise ValueError(f"{folder}: no {part} in it ({' or '.join(names)}); give the "
                                  f"folder of a whole Wan2.1 with --codec")
             self.parts[part] = found[0]
 
@@ -169,7 +169,7 @@ def open_codec(path, config, other=None, **options):
     """
     if (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim):
         return ToyCodec()
-    return WanCodec([other] if other else [path, Path(path).parent], **options)
+    return WanCodec(other or checkpoint.home(path), **options)
 
 
 @contextmanager
@@ -217,8 +217,9 @@ def load_text_encoder(path, dtype=None):
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     buckets, heads = original["blocks.0.pos_embedding.embedding.weight"].shape
     vocabulary, dim = tensors["shared.weight"].shape
+    inner = original["blocks.0.attn.q.weight"].shape[0]
     config = UMT5Config(
-        vocab_size=vocabulary, d_model=dim, d_kv=original["blocks.0.attn.q.weight"].shape[0] // heads,
+        vocab_size=vocabulary, d_model=dim, d_kv=inner // heads,
         d_ff=original["blocks.0.ffn.fc1.weight"].shape[0], num_heads=heads,
         num_layers=len({name.split(".")[1] for name in original if name.startswith("blocks.")}),
         relative_attention_num_buckets=buckets)

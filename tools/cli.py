@@ -3,6 +3,8 @@
 import contextlib
 import io
 import sys
+import time
+from collections import Counter
 from itertools import takewhile
 
 import torch
@@ -20,8 +22,8 @@ def run(program, options, argv=None):
         with contextlib.redirect_stderr(complaint):
             args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
         for name in ("steps", "batch_size", "save_every", "sample_every", "score_prompts",
-                     "seeds"):
-            if getattr(args, name, 1) < 1:
+                     "seeds", "videos_per_prompt"):
+            if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {getattr(args, name)}: must be 1 or more")
     except SystemExit as end:
@@ -38,7 +40,27 @@ def run(program, options, argv=None):
         return 130
     except (ValueError, OSError) as error:
         fail(error)
-        return 2
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; for Wan2.1: python -m pip install -e '.[wan]'")
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}; ask for smaller videos, smaller batches or --vae-tiling")
+    return 2
+
+
+class Stopwatch:
+    """Adds up the seconds of a program's parts; `str` of it lists them."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def __str__(self):
+        return ", ".join(f"{part}: {seconds:.1f} s" for part, seconds in self.seconds.items())
 
 
 def fail(message):

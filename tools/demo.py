@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sample import WEIGHTS, load_config, timed
+from sample import WEIGHTS, load_config
 from tools import cli, report
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -46,10 +46,12 @@ def main(argv=None):
 
 def run(args):
     load_config(args.model)  # a missing teacher is one complaint, rather than one of each child
-    with timed("distillation"):
+    watch = cli.Stopwatch()
+    with watch("distillation"):
         distil(args)
-    with timed("report"):
+    with watch("report"):
         page = report.write(args.out, args.model)
+    print(watch)
     print(f"open {page}")
 
 

@@ -148,7 +148,7 @@ def sample_all(out, model, prompts):
 
     def column(name, how, sampler, forwards=len(config.timesteps), count=len(prompts)):
         videos, seconds, start = [], [], time.perf_counter()
-        for latents in sample_batches(sampler, text[:count], codec.latent_shape, DEMO_SEED,
+        for latents in sample_batches(sampler, text[:count], codec.latent_shape(), DEMO_SEED,
                                       BATCH_SIZE):
             seconds.append((time.perf_counter() - start) / len(latents))
             videos.append(codec.decode(latents).cpu())

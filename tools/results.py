@@ -103,7 +103,7 @@ def scored(args, row, seed, device):
 
     video = real
     if row != "real":
-        batches = sample_batches(sampler, text, codec.latent_shape,
+        batches = sample_batches(sampler, text, codec.latent_shape(),
                                  (EVALUATION_SEED + seed) << 16, batch_size=32)
         video = torch.cat([codec.decode(latents).cpu() for latents in tqdm(
             batches, desc=f"{row}, seed {seed}", total=-(-args.prompts // 32))])
