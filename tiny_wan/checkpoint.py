@@ -224,7 +224,8 @@ def write(path, config, tensors, layout="original", metadata=None):
     path = Path(path)
     header = {"format": "pt", "config": json.dumps(config)} | (metadata or {})  # for bare files
     if layout == "comfyui":
-        file = path if path.suffix == ".safetensors" else path / f"{path.resolve().name}.safetensors"
+        name = path.resolve().name
+        file = path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         return write_whole({file: {COMFYUI_PREFIX + n: t for n, t in tensors.items()}}, header)
 

@@ -115,7 +115,7 @@ class WanCodec(Codec):
             tokenizer = AutoTokenizer.from_pretrained(self.parts["tokenizer"],
                                                       local_files_only=True)
         with naming(self.parts["text encoder"]):
-            encoder = load_text_encoder(self.parts["text encoder"], self.dtype).eval()
+            encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
         device = self.device
         if device.type == "cuda":
             size = sum(p.nbytes for p in encoder.parameters())
@@ -135,7 +135,7 @@ class WanCodec(Codec):
     @cached_property
     def vae(self):
         with naming(self.parts["VAE"]):
-            vae = load_vae(self.parts["VAE"]).eval().requires_grad_(False).to(self.device)
+            vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
         if self.tiling:
             vae.enable_tiling()
         return vae
@@ -226,7 +226,8 @@ def load_text_encoder(path, dtype=None):
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config)
     encoder.load_state_dict(tensors, assign=True)
-    return encoder
+    encoder.set_input_embeddings(encoder.shared)  # one table again, not two
+    return encoder.eval()
 
 
 def load_vae(path):
@@ -242,4 +243,4 @@ def load_vae(path):
         vae = AutoencoderKLWan(base_dim=tensors["encoder.conv_in.weight"].shape[0],
                                z_dim=tensors["post_quant_conv.weight"].shape[0])
     vae.load_state_dict(tensors, assign=True)
-    return vae.float()
+    return vae.float().eval()

@@ -254,7 +254,8 @@ class WanModel(nn.Module):
         or of another shape.
         """
         def convert(name, tensor):
-            return tensor.to(device, torch.float32 if dtype and KEPT_PRECISE.search(name) else dtype)
+            precise = dtype is not None and KEPT_PRECISE.search(name)
+            return tensor.to(device, torch.float32 if precise else dtype)
 
         with torch.device("meta"):
             model = cls(WanConfig.from_pretrained(path))

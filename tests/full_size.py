@@ -1,0 +1,75 @@
+"""A Wan2.1-1.3B of full size and random weights, through sample.py: seconds and peak memory.
+
+    make bench-1.3b
+
+Writes 3.5 GB to runs/wan-1.3b-random at the first call. The transformer and the VAE have Wan's
+sizes; the text encoder has its width alone. Linux, on the CPU.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config, UMT5EncoderModel
+
+import adavid
+from tests import miniature_wan
+from tiny_wan import PRESETS, WanModel, checkpoint
+
+FOLDER = Path("runs/wan-1.3b-random")
+LOAD = f"import torch, tiny_wan; tiny_wan.WanModel.from_pretrained({str(FOLDER)!r}, torch.bfloat16)"
+SAMPLE = ["sample.py", "a cat walks on grass", "--model", FOLDER, "--dtype", "bfloat16",
+          "--frames", 17, "--height", 240, "--width", 416, "--out", "runs/wan-1.3b-samples"]
+
+
+def main():
+    if not (FOLDER / "interpolator.safetensors").exists():
+        write()
+    size = (FOLDER / checkpoint.FILE).stat().st_size
+    print(f"weights: {size / 1e9:.2f} GB in bfloat16; {torch.get_num_threads()} threads")
+    seconds, peak, _ = measure(["-c", LOAD])
+    print(f"load: {seconds:.1f} s with imports, anonymous memory at most {peak / 1e9:.2f} GB "
+          f"({peak / size:.2f} x the weights)")
+    seconds, peak, said = measure(SAMPLE)
+    print(f"sample.py, 17 frames of 240 x 416 in four decoupled steps: {seconds:.0f} s, anonymous "
+          f"memory at most {peak / 1e9:.2f} GB ({peak / size:.2f} x the weights)\n{said}")
+
+
+def write():
+    torch.manual_seed(0)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    miniature_wan.tokenizer().save_pretrained(FOLDER / "tokenizer")
+    UMT5EncoderModel(UMT5Config(vocab_size=200, d_model=4096, d_kv=64, d_ff=64, num_layers=1,
+                                num_heads=1)).save_pretrained(FOLDER / "text_encoder")
+    AutoencoderKLWan().save_pretrained(FOLDER / "vae")
+    with torch.device("meta"):
+        shapes = WanModel(PRESETS["wan-1.3b"]).state_dict()
+    tensors = {name: torch.randn(p.shape, dtype=torch.bfloat16) * p[0].numel() ** -0.5
+               for name, p in shapes.items()}
+    checkpoint.write(FOLDER, asdict(PRESETS["wan-1.3b"]), tensors,
+                     metadata={"method": "none: random weights"})
+    adavid.FrameInterpolator(16).save_pretrained(FOLDER / "interpolator.safetensors")
+
+
+def measure(command):
+    """Run Python in a process of its own -> seconds, largest anonymous memory, what it said."""
+    start, peak = time.perf_counter(), 0
+    with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
+                          text=True) as child:
+        while child.poll() is None:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+                peak = max(peak, int(found[1]) * 1024)
+            time.sleep(0.01)
+        if child.returncode:
+            raise SystemExit(child.returncode)
+        return time.perf_counter() - start, peak, child.stdout.read().strip()
+
+
+if __name__ == "__main__":
+    main()
