@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import adavid
-from tiny_wan import WanConfig, WanModel, checkpoint, open_codec
+from tiny_wan import WanModel, checkpoint, open_codec
 from tools import cli
 from tools.media import file_names, thumbnails, write_contact_sheet, write_video
 
@@ -88,8 +88,10 @@ def run(args):
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
 
-    # What is quickly seen to be wrong comes first; the text encoder leaves before the transformer.
-    config, architecture = load_config(args.model), WanConfig.from_pretrained(args.model)
+    # On the meta device all of a model's tensors are checked, before the text encoder takes minutes;
+    # and that is gone before the transformer needs its memory.
+    config = load_config(args.model)
+    architecture = WanModel.from_pretrained(args.model, device="meta").config
     if args.guidance_scale is not None:
         config = replace(config, guidance_scale=args.guidance_scale)
     interpolator = None

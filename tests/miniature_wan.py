@@ -75,9 +75,10 @@ def make(folder, layout="diffusers"):
     return folder
 
 
-def original(module):
+def original(module, gradients=False):
     """The module's tensors under the names of Wan's own code: diffusers' conversion, backwards."""
-    tensors = {name: p.detach().clone() for name, p in module.state_dict().items()}
+    tensors = {name: p.grad.clone() for name, p in module.named_parameters()} if gradients else {
+        name: p.clone() for name, p in module.state_dict().items()}
     if isinstance(module, UMT5EncoderModel):
         return {t5_name(n): t for n, t in tensors.items() if n != "encoder.embed_tokens.weight"}
     convert, names = {

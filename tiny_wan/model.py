@@ -46,7 +46,11 @@ class WanConfig:
     @classmethod
     def from_pretrained(cls, path):
         """The architecture of the weights at `path`, without loading them."""
-        return cls(**checkpoint.read_config(path))
+        fields = checkpoint.read_config(path)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 PRESETS = {
