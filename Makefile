@@ -3,26 +3,33 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-demo: .venv/ready  ## distil the toy teacher twice and write runs/demo/report.html
+demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.html
 	$(RUN) -m tools.demo
 
-test: .venv/ready  ## all tests, on the CPU
+test: .venv/all  ## all tests, on the CPU
 	$(RUN) -m pytest -q
 
-results: .venv/ready  ## the README's table, about 15 minutes
+results: .venv/core  ## the README's table, about 15 minutes
 	$(RUN) -m tools.results
 
-weights: .venv/ready  ## train the shipped teacher and interpolator again, about 40 minutes
+weights: .venv/core  ## train the shipped teacher and interpolator again, about 40 minutes
 	$(RUN) train.py teacher --out runs/teacher --compile
 	$(RUN) train.py interpolator --out runs/interpolator
 
-.venv/ready: pyproject.toml constraints.txt
+bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5 GB of disk
+	$(RUN) -m tests.full_size
+
+.venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'Python 3.10 or later is needed; try: make PYTHON=python3.12'"
 	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/all: .venv/core  # what Wan2.1 and the tests need as well
 	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
 clean:  ## the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: demo test results weights clean
+.PHONY: demo test results weights bench-1.3b clean

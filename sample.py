@@ -88,8 +88,8 @@ def run(args):
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
 
-    # On the meta device all of a model's tensors are checked, before the text encoder takes minutes;
-    # and that is gone before the transformer needs its memory.
+    # All of a model's tensors are checked, on the meta device, before the text encoder takes minutes;
+    # and that has gone when the transformer needs the memory.
     config = load_config(args.model)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
     if args.guidance_scale is not None:
@@ -105,6 +105,7 @@ def run(args):
     codec = open_codec(args.model, architecture, args.codec, device=device, tiling=args.vae_tiling)
     shape = codec.latent_shape(args.frames, args.height, args.width,
                                1 if interpolator is None else config.strides[0])
+    codec.prepare()
     prompts = [prompt for prompt in prompts for _ in range(args.videos_per_prompt)]
     batch_size = args.batch_size or codec.batch_size
     args.out.mkdir(parents=True, exist_ok=True)

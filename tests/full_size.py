@@ -36,8 +36,8 @@ def main():
     print(f"load: {seconds:.1f} s with imports, anonymous memory at most {peak / 1e9:.2f} GB "
           f"({peak / size:.2f} x the weights)")
     seconds, peak, said = measure(SAMPLE)
-    print(f"sample.py, 17 frames of 160 x 256 in four decoupled steps, float32: {seconds:.0f} s, anonymous "
-          f"memory at most {peak / 1e9:.2f} GB ({peak / size:.2f} x the weights)\n{said}")
+    print(f"sample.py, 17 frames of 160 x 256 in four decoupled steps, in float32: {seconds:.0f} s "
+          f"in all, anonymous memory at most {peak / 1e9:.2f} GB\n{said}")
 
 
 def write():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import sample
+from tools.media import file_names
 
 
 def run(toy_folder, out, *args):
@@ -57,6 +58,24 @@ def test_guidance_is_the_teachers_unless_it_is_given(toy_folder, tmp_path):
         run(toy_folder, tmp_path / name, *teacher, *extra)
     assert torch.equal(latents(tmp_path / "a"), latents(tmp_path / "b"))
     assert not torch.equal(latents(tmp_path / "a"), latents(tmp_path / "c"))
+
+
+def test_file_names_are_the_prompts_and_never_collide(toy_folder, tmp_path):
+    prompts = ["A cat, running.", "a/../b: \"c\"?", "--help", "..", "", "x" * 500, "x" * 400,
+               "🐈" * 100, "A cat, running.", "a CAT, running.", "two\nlines\0", "\udcff"]
+    names = list(file_names(prompts))
+    assert names[:5] == ["A cat, running.-0.mp4", "a_.._b_ _c__-0.mp4", "help-0.mp4",
+                         "video-0.mp4", "video-1.mp4"]
+    assert names[8:10] == ["A cat, running.-1.mp4", "a CAT, running.-2.mp4"]
+    assert len({name.casefold() for name in names}) == len(prompts)
+    for name in names:
+        (tmp_path / name).touch()
+        assert (tmp_path / name).parent == tmp_path and not name.startswith(("-", "."))
+
+    out = tmp_path / "out"  # as VBench wants them
+    run(toy_folder, out, "a red ball", "a blue ball", "--videos-per-prompt", "3", "--seed", "5")
+    assert sorted(p.name for p in out.glob("*.mp4")) == [
+        f"a {colour} ball-{i}.mp4" for colour in ("blue", "red") for i in range(3)]
 
 
 @pytest.mark.parametrize("args, says", [

@@ -6,6 +6,7 @@ transformers and diffusers, from the Diffusers layout or from the original one.
 
 import gc
 import html
+import logging
 import zipfile
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,6 +20,9 @@ from tiny_wan import checkpoint, world
 
 class Codec:
     """What both codecs share: the sizes of videos."""
+
+    def prepare(self):
+        """Load what decoding needs, so that a bad file is found before there is work to lose."""
 
     def latent_shape(self, frames=None, height=None, width=None, stride=1):
         """`(c, f, h, w)` of the latents of a video, by default of the size Wan (or the toy) is for.
@@ -132,6 +136,9 @@ class WanCodec(Codec):
         torch.cuda.empty_cache()
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    def prepare(self):
+        return self.vae
+
     @cached_property
     def vae(self):
         with naming(self.parts["VAE"]):
@@ -169,18 +176,24 @@ def open_codec(path, config, other=None, **options):
     """
     if (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim):
         return ToyCodec()
+    if config.in_dim != WanCodec.channels:
+        raise ValueError(f"{path}: its latents have {config.in_dim} channels, but those of "
+                         f"Wan2.1's VAE have {WanCodec.channels}")
     return WanCodec(other or checkpoint.home(path), **options)
 
 
 @contextmanager
 def naming(path):
     """Turn whatever a library says about a bad file into a ValueError that names the file."""
+    logging.disable(logging.WARNING)  # they would say it on twenty lines first
     try:
         yield
     except ModuleNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def complete(model, info):
