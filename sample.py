@@ -67,7 +67,7 @@ class Sample:
     batch_size: int | None = None
     """videos at a time; by default 1, and 16"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the transformer; auto is bfloat16 for Wan on a GPU, else float32"""
+    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU"""
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
     vae_tiling: bool = False
@@ -88,8 +88,8 @@ def run(args):
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
 
-    # All of a model's tensors are checked, on the meta device, before the text encoder takes minutes;
-    # and that has gone when the transformer needs the memory.
+    # Every tensor of the model is checked, on the meta device, before the text encoder takes its
+    # minutes; and that has gone when the transformer needs the memory.
     config = load_config(args.model)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
     if args.guidance_scale is not None:
@@ -102,26 +102,28 @@ def run(args):
         if "method" not in checkpoint.read_metadata(args.model):
             print("note: the model's file does not say that it is distilled; a teacher needs "
                   "--teacher")
-    codec = open_codec(args.model, architecture, args.codec, device=device, tiling=args.vae_tiling)
+    short = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    codec = open_codec(args.model, architecture, args.codec, device=device,
+                       dtype=torch.bfloat16 if short else None, tiling=args.vae_tiling)
     shape = codec.latent_shape(args.frames, args.height, args.width,
                                1 if interpolator is None else config.strides[0])
     codec.prepare()
-    prompts = [prompt for prompt in prompts for _ in range(args.videos_per_prompt)]
     batch_size = args.batch_size or codec.batch_size
     args.out.mkdir(parents=True, exist_ok=True)
 
     with watch("encode prompts"):
         negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
         *text, null_text = codec.encode_text([*prompts, negative])
-        text, null_text = torch.stack(text), null_text[None].to(device)
+        null_text = null_text[None].to(device)
+        text = torch.stack(text).repeat_interleave(args.videos_per_prompt, dim=0)
     with watch("load"):
-        auto = codec.gpu_dtype if device.type == "cuda" else torch.float32
-        dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-        model = WanModel.from_pretrained(args.model, dtype, device).eval()
+        model = WanModel.from_pretrained(
+            args.model, torch.bfloat16 if short else torch.float32, device).eval()
         if args.compile:
             for block in model.blocks:
                 block.compile()
 
+    prompts = [prompt for prompt in prompts for _ in range(args.videos_per_prompt)]
     forwards = 2 * args.steps if args.teacher else len(config.timesteps)
     bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
 

@@ -53,7 +53,7 @@ class ToyCodec(Codec):
     frames, height, width, fps = world.FRAMES, world.SIZE, world.SIZE, 8
     channels, time_factor, space_factor = 12, 1, 2
     text_dim, negative_prompt = len(world.VOCABULARY), ""
-    solver, batch_size, gpu_dtype = "euler", 16, torch.float32  # what suits sampling
+    solver, batch_size = "euler", 16  # what suits sampling
 
     def encode_text(self, prompts):
         """Prompts -> `[b, l, text_dim]`, zeros after a prompt's end. ValueError on other words."""
@@ -88,7 +88,7 @@ class WanCodec(Codec):
 
     frames, height, width, fps = 81, 480, 832, 16
     channels, time_factor, space_factor = 16, 4, 8
-    solver, batch_size, gpu_dtype = "unipc", 1, torch.bfloat16
+    solver, batch_size = "unipc", 1
     negative_prompt = (  # Wan's own
         "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
