@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from tqdm import tqdm
 
 from tiny_wan import checkpoint, world
 
@@ -126,7 +127,7 @@ class WanCodec(Codec):
             device = device if size < 0.9 * torch.cuda.mem_get_info(device)[0] else "cpu"
         encoder.to(device)
         rows = []
-        for prompt in prompts:
+        for prompt in tqdm(prompts, desc="encode prompts", unit="prompt", leave=False):
             clean = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
             tokens = tokenizer(clean, truncation=True, max_length=512, return_tensors="pt")
             with torch.no_grad():
