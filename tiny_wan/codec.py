@@ -108,10 +108,17 @@ class WanCodec(Codec):
             self.parts[part] = found[0]
 
     def encode_text(self, prompts):
-        """Prompts -> `[b, l, 4096]` on the CPU, zeros after each prompt's end, l at most 512.
+        """Prompts -> `[b, l, 4096]` on the CPU, zeros after each prompt's end, l at most 512."""
+        with self.text_encoder() as encode:
+            rows = [encode(prompt) for prompt in
+                    tqdm(prompts, desc="encode prompts", unit="prompt", leave=False)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-        The encoder (11 GB in bfloat16) is loaded for this call and freed at its end. It runs on
-        the codec's device if it fits there, and else on the CPU.
+    @contextmanager
+    def text_encoder(self):
+        """A function from a prompt to `[l, 4096]`. The encoder is in memory within the block alone.
+
+        It has 11 GB in bfloat16, and runs on the codec's device if it fits there, else on the CPU.
         """
         import ftfy
         from transformers import AutoTokenizer
@@ -126,16 +133,17 @@ class WanCodec(Codec):
             size = sum(p.nbytes for p in encoder.parameters())
             device = device if size < 0.9 * torch.cuda.mem_get_info(device)[0] else "cpu"
         encoder.to(device)
-        rows = []
-        for prompt in tqdm(prompts, desc="encode prompts", unit="prompt", leave=False):
+
+        def encode(prompt):
             clean = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
             tokens = tokenizer(clean, truncation=True, max_length=512, return_tensors="pt")
             with torch.no_grad():
-                rows.append(encoder(tokens.input_ids.to(device)).last_hidden_state[0].cpu())
-        del encoder
+                return encoder(tokens.input_ids.to(device)).last_hidden_state[0].cpu()
+
+        yield encode
+        del encoder, encode
         gc.collect()
         torch.cuda.empty_cache()
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def prepare(self):
         return self.vae
