@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up themselves; they need python3 (3.10 or later) alone.
+# `make demo` and `make test` do all the set-up themselves; they need python3 (3.11 or later) alone.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
@@ -20,7 +20,7 @@ bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5
 	$(RUN) -m tests.full_size
 
 .venv/core: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'Python 3.10 or later is needed; try: make PYTHON=python3.12'"
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; try: make PYTHON=python3.12'"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -c constraints.txt -e .
 	touch $@

@@ -67,7 +67,8 @@ class Sample:
     batch_size: int | None = None
     """videos at a time; by default 1, and 16"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU"""
+    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere
+    float32, and for the text encoder what its file has"""
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
     vae_tiling: bool = False
@@ -102,9 +103,10 @@ def run(args):
         if "method" not in checkpoint.read_metadata(args.model):
             print("note: the model's file does not say that it is distilled; a teacher needs "
                   "--teacher")
-    short = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" else None}[args.dtype]
     codec = open_codec(args.model, architecture, args.codec, device=device,
-                       dtype=torch.bfloat16 if short else None, tiling=args.vae_tiling)
+                       dtype=dtype, tiling=args.vae_tiling)
     shape = codec.latent_shape(args.frames, args.height, args.width,
                                1 if interpolator is None else config.strides[0])
     codec.prepare()
@@ -115,10 +117,9 @@ def run(args):
         negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
         *text, null_text = codec.encode_text([*prompts, negative])
         null_text = null_text[None].to(device)
-        text = torch.stack(text).repeat_interleave(args.videos_per_prompt, dim=0)
+        text = torch.stack(text)
     with watch("load"):
-        model = WanModel.from_pretrained(
-            args.model, torch.bfloat16 if short else torch.float32, device).eval()
+        model = WanModel.from_pretrained(args.model, dtype or torch.float32, device).eval()
         if args.compile:
             for block in model.blocks:
                 block.compile()
@@ -143,7 +144,8 @@ def run(args):
 
     names, rows, kept = file_names(prompts), [], []
     with bar:
-        for latents in sample_batches(sampler, text, shape, args.seed, batch_size):
+        for latents in sample_batches(sampler, text, shape, args.seed, batch_size,
+                                      args.videos_per_prompt):
             with watch("decode and write"):
                 for video in codec.decode(latents).cpu():
                     write_video(args.out / next(names), video, codec.fps)
@@ -190,12 +192,12 @@ def load_interpolator(path, device):
     return interpolator.to(device).requires_grad_(False)
 
 
-def sample_batches(sampler, text, latent_shape, seed, batch_size):
+def sample_batches(sampler, text, latent_shape, seed, batch_size, videos_per_prompt=1):
     """Latents of `sampler(noise, text, generator)`, a batch at a time. Video i has seed + i."""
-    for batch in torch.arange(len(text)).split(batch_size):
+    for batch in torch.arange(len(text) * videos_per_prompt).split(batch_size):
         generator = [torch.Generator().manual_seed(seed + i) for i in batch.tolist()]
         noise = adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator)
-        yield sampler(noise, text[batch], generator)
+        yield sampler(noise, text[batch // videos_per_prompt], generator)
 
 
 if __name__ == "__main__":

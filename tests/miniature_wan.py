@@ -38,8 +38,9 @@ def transformer(seed=0, **sizes):
 
 
 def text_encoder(seed=1):
-    config = UMT5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    return randomize(UMT5EncoderModel(config), seed)
+    config = UMT5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                        tie_word_embeddings=False)  # so says the real one, with one table
+    return randomize(UMT5EncoderModel(config), seed).bfloat16().float()  # fits its bf16 file
 
 
 def vae(seed=2):
@@ -65,7 +66,7 @@ def make(folder, layout="diffusers"):
         pipe.save_pretrained(folder)
         return folder
     pipe.tokenizer.save_pretrained(folder / "google" / "umt5-xxl")
-    torch.save(original(pipe.text_encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(original(pipe.text_encoder.bfloat16()), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(original(pipe.vae), folder / "Wan2.1_VAE.pth")
     save_file(original(pipe.transformer), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(

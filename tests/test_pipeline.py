@@ -15,7 +15,8 @@ import sample
 from tests import miniature_wan
 from tests.test_wan import complaint, edit_tensors
 from tiny_wan import codec as codec_module
-from tiny_wan import WanCodec, WanConfig, WanModel, open_codec
+from tiny_wan import WanCodec, WanConfig, WanModel, checkpoint, open_codec
+from tiny_wan.checkpoint import FILE
 from tools import export
 
 PROMPT = "A cat &amp; a dog,\t  running"
@@ -50,7 +51,7 @@ def student(tmp_path):
 
 
 def latents(out, *args):
-    args = [*args, "--out", out, "--save-latents", "--device", "cpu"]
+    args = ["--dtype", "float32", *args, "--out", out, "--save-latents", "--device", "cpu"]
     assert sample.main([str(a) for a in args]) == 0
     return load_file(out / "latents.safetensors")["latents"]
 
@@ -83,7 +84,7 @@ def test_shift_reaches_the_solver(pipe, folder, tmp_path):
 
 
 def test_prompts_are_encoded_as_diffusers_does(pipe, folder):
-    codec = open_codec(folder, WanConfig.from_pretrained(folder))
+    codec = open_codec(folder, WanConfig.from_pretrained(folder), dtype=torch.float32)
     prompts = [PROMPT, "", "caf\u00c3\u00a9 &lt;3 \u7684", "long " * 300, WanCodec.negative_prompt]
     ours = codec.encode_text(prompts)
     other = pipe.encode_prompt(prompts, do_classifier_free_guidance=False,
@@ -190,10 +191,36 @@ def test_export_keeps_what_is_known_and_can_shorten_the_weights(student, tmp_pat
     assert tensors["model.diffusion_model.head.modulation"].dtype == torch.float32
 
 
-def test_a_student_is_not_exported_onto_itself(student, capsys):
-    for out in (student, student / "wan.safetensors"):
-        assert export.main(["--model", str(student), "--out", str(out)]) == 2
+def test_a_student_is_not_exported_onto_itself(student, tmp_path, capsys):
+    pipeline = tmp_path / "pipeline"
+    assert export.main(["--model", str(student), "--out", str(pipeline)]) == 0
+    for model, out, layout in ((student, student, "original"), (pipeline, pipeline, "diffusers"),
+                               (student, student / "wan.safetensors", "comfyui"),
+                               (pipeline, pipeline / "transformer", "original"),
+                               (pipeline / "transformer" / FILE, pipeline, "diffusers")):
+        before = (pipeline / "transformer" / "config.json").read_bytes()
+        assert export.main(["--model", str(model), "--out", str(out), "--layout", layout]) == 2
         assert "choose another" in capsys.readouterr().err
+        assert (pipeline / "transformer" / "config.json").read_bytes() == before
+
+
+def test_an_export_always_has_the_step_schedule(tmp_path):
+    """The shipped teacher's file stores only what differs from the paper's numbers."""
+    assert export.main(["--model", str(sample.WEIGHTS), "--out", str(tmp_path / "x")]) == 0
+    numbers = checkpoint.read_metadata(tmp_path / "x")["avd"]
+    assert json.loads(numbers)["timesteps"] == [1000, 900, 757, 522]
+    assert sample.load_config(tmp_path / "x") == sample.load_config(sample.WEIGHTS)
+
+
+def test_a_file_in_a_pipeline_finds_what_lies_beside(wan, tmp_path):
+    miniature_wan.make(tmp_path / "wan")
+    miniature_wan.transformer(num_attention_heads=1, attention_head_dim=128).save_pretrained(
+        tmp_path / "wan" / "transformer")
+    args = ["a cat", "--frames", "1", "--height", "32", "--width", "32"]
+    ways = [tmp_path / "wan", tmp_path / "wan" / "transformer",
+            tmp_path / "wan" / "transformer" / FILE]
+    first, *others = (latents(tmp_path / "out", *args, "--model", way) for way in ways)
+    assert all(torch.equal(first, other) for other in others)
 
 
 # --- what a wrong command says -----------------------------------------------------------------
@@ -263,6 +290,12 @@ def test_a_student_alone_asks_for_a_codec(student, capsys):
 def test_another_vaes_latents_are_refused(tmp_path, capsys):
     miniature_wan.transformer(in_channels=48, out_channels=48).save_pretrained(tmp_path)
     assert "48 channels" in complaint(capsys, "a cat", "--model", tmp_path)
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(wan, tmp_path, capsys):
+    other = shutil.copytree(wan, tmp_path / "wan")
+    miniature_wan.T5Tokenizer(extra_ids=300).save_pretrained(other / "google" / "umt5-xxl")
+    assert "they are no pair" in complaint(capsys, "a cat", "--model", other)
 
 
 def test_a_missing_extra_is_named(wan, monkeypatch, capsys):

@@ -44,8 +44,7 @@ def ways_in(theirs, folder):
     theirs.save_pretrained(folder / "pipeline" / "transformer")
     yield folder / "pipeline"
     yield folder / "pipeline" / "transformer"
-    if theirs.config.attention_head_dim == 128:  # as in all of Wan's: a bare file needs no more
-        yield folder / "pipeline" / "transformer" / checkpoint.FILE
+    yield folder / "pipeline" / "transformer" / checkpoint.FILE
     theirs.save_pretrained(folder / "sharded", max_shard_size="300KB")
     assert len(list((folder / "sharded").glob("*.safetensors"))) > 1
     yield folder / "sharded"
@@ -152,6 +151,40 @@ def test_large_models_are_saved_in_shards_and_read_by_diffusers(tmp_path, monkey
     monkeypatch.undo()
     ours.save_pretrained(tmp_path, "diffusers")  # and no shard outlives its index
     assert [p.name for p in tmp_path.glob("*.safetensors*")] == [checkpoint.FILE]
+
+
+def test_only_stale_shards_go_and_a_folder_left_half_way_is_refused(tmp_path, monkeypatch):
+    ours = random_model(WanConfig(48, 96, 2, 2, text_dim=32))
+    ours.save_pretrained(tmp_path)
+    variant = tmp_path / checkpoint.FILE.replace(".", ".fp16.")
+    variant.write_bytes(b"somebody's")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 300_000)
+    ours.save_pretrained(tmp_path)
+    assert variant.exists() and not (tmp_path / checkpoint.FILE).exists()
+
+    moved, replace = [], checkpoint.os.replace
+
+    def interrupted(old, new):
+        moved.append(new)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        random_model(ours.config, seed=1).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        WanModel.from_pretrained(tmp_path)
+
+
+def test_a_bf16_folder_of_diffusers_runs_as_it_is(tmp_path):
+    theirs = miniature_wan.transformer()
+    theirs.save_pretrained(tmp_path / "a")
+    rough = WanTransformer3DModel.from_pretrained(tmp_path / "a", torch_dtype=torch.bfloat16)
+    rough.save_pretrained(tmp_path / "b")
+    x, t, text = batch(*SHAPES[1])
+    error = WanModel.from_pretrained(tmp_path / "b")(x, t, text) - velocity(theirs, x, t, text)
+    assert error.abs().max() < 0.1
 
 
 def test_bf16_keeps_in_float32_what_diffusers_keeps():

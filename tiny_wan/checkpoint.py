@@ -65,8 +65,8 @@ def model_folder(path):
 
 def home(path):
     """The folder for what goes with a transformer: that with transformer/, or a bare file's."""
-    path = Path(path)
-    return path if path.is_dir() and path.name != "transformer" else path.parent
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return folder.parent if folder.name == "transformer" else folder
 
 
 def weight_files(path):
@@ -160,9 +160,12 @@ def read_config(path):
     assumed = {"num_heads": dim // 128,  # all of Wan's heads are 128 wide
                "num_layers": blocks, "text_len": 512, "eps": 1e-6}
 
-    file = model_folder(path) / "config.json"
+    file, folder = path, model_folder(path)
     given = read_json(path, read_metadata(path).get("config", "{}"))
-    if file.is_file():
+    if folder.name == FILE:
+        folder = folder.parent
+    if (folder / "config.json").is_file():
+        file = folder / "config.json"
         settings = read_json(file)
         kind = settings.get("_class_name", "WanModel"), settings.get("model_type", "t2v")
         if kind not in (("WanModel", "t2v"), ("WanTransformer3DModel", "t2v")):
@@ -214,7 +217,7 @@ def read_weights(path, expected, convert):
 
 
 def write(path, config, tensors, layout="original", metadata=None):
-    """Write a folder, or for ComfyUI one file; weights appear whole or not at all.
+    """Write a folder, or for ComfyUI one file. A folder that was left half-way does not load.
 
     path: a folder; for ComfyUI, where the file is named after it, or the name of the file.
     metadata: strings for the safetensors headers.
@@ -245,21 +248,24 @@ def write(path, config, tensors, layout="original", metadata=None):
         shards[-1][name] = tensor
     names = [FILE] if len(shards) == 1 else [
         FILE.replace(".", f"-{i:05}-of-{len(shards):05}.") for i in range(1, len(shards) + 1)]
-    write_whole({path / name: shard for name, shard in zip(names, shards)}, header)
-    for old in path.glob(FILE.replace(".", "*.") + "*"):  # of another number of shards
-        if old.name not in names:
-            old.unlink()
+    ours = re.compile(FILE.replace(".", r"(-\d{5}-of-\d{5})?\.") + r"(\.index\.json)?")
+    stale = [f for f in path.iterdir() if ours.fullmatch(f.name) and f.name not in names]
+    write_whole({path / name: shard for name, shard in zip(names, shards)}, header, stale)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {n: name for name, shard in zip(names, shards) for n in shard}}
-        (path / (FILE + ".index.json")).write_text(json.dumps(index, indent=2) + "\n")
+        part = path / (FILE + ".index.json.part")
+        part.write_text(json.dumps(index, indent=2) + "\n")
+        os.replace(part, part.with_suffix(""))
     (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_whole(files, header):
-    """Write {path: tensors} beside the old files, then put all of them in their places."""
+def write_whole(files, header, stale=()):
+    """Write {path: tensors} beside the old files; then these go, and all get their names."""
     for file, tensors in files.items():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
                   f"{file}.part", header)
+    for file in stale:
+        file.unlink()
     for file in files:
         os.replace(f"{file}.part", file)

@@ -30,8 +30,8 @@ class Codec:
 
         f is 1 modulo `stride`. ValueError names the nearest sizes that fit.
         """
-        step = self.time_factor * stride
-        given = {"frames": (self.frames if frames is None else frames, 1, step),
+        given = {"frames": (self.frames if frames is None else frames, 1,
+                            self.time_factor * stride),
                  "height": (self.height if height is None else height, 0, 2 * self.space_factor),
                  "width": (self.width if width is None else width, 0, 2 * self.space_factor)}
         for name, (size, rest, step) in given.items():
@@ -118,20 +118,22 @@ class WanCodec(Codec):
     def text_encoder(self):
         """A function from a prompt to `[l, 4096]`. The encoder is in memory within the block alone.
 
-        It has 11 GB in bfloat16, and runs on the codec's device if it fits there, else on the CPU.
+        It has 11 GB in bfloat16, and runs on a GPU if it fits there, else on the CPU.
         """
         import ftfy
         from transformers import AutoTokenizer
 
-        with naming(self.parts["tokenizer"]):
+        with blaming(self.parts["tokenizer"]):
             tokenizer = AutoTokenizer.from_pretrained(self.parts["tokenizer"],
                                                       local_files_only=True)
-        with naming(self.parts["text encoder"]):
+        with blaming(self.parts["text encoder"]):
             encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
-        device = self.device
-        if device.type == "cuda":
-            size = sum(p.nbytes for p in encoder.parameters())
-            device = device if size < 0.9 * torch.cuda.mem_get_info(device)[0] else "cpu"
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ValueError(f"{self.parts['tokenizer']}: {len(tokenizer)} tokens, but the text "
+                             f"encoder knows {encoder.config.vocab_size}; they are no pair")
+        size = sum(p.nbytes for p in encoder.parameters())
+        fits = self.device.type == "cuda" and size < 0.9 * torch.cuda.mem_get_info(self.device)[0]
+        device = self.device if fits else torch.device("cpu")
         encoder.to(device)
 
         def encode(prompt):
@@ -150,7 +152,7 @@ class WanCodec(Codec):
 
     @cached_property
     def vae(self):
-        with naming(self.parts["VAE"]):
+        with blaming(self.parts["VAE"]):
             vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
         if self.tiling:
             vae.enable_tiling()
@@ -192,7 +194,7 @@ def open_codec(path, config, other=None, **options):
 
 
 @contextmanager
-def naming(path):
+def blaming(path):
     """Turn whatever a library says about a bad file into a ValueError that names the file."""
     logging.disable(logging.WARNING)  # they would say it on twenty lines first
     try:

@@ -218,7 +218,8 @@ class WanModel(nn.Module):
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
         precise = self.time_embedding[0].weight.dtype
         e = self.time_embedding(sinusoidal_embedding(t.to(x.device), c.freq_dim).to(precise))
-        e, e6 = e.float(), self.time_projection(e).float().unflatten(1, (6, c.dim))
+        e6 = self.time_projection(e.to(self.time_projection[1].weight.dtype))
+        e, e6 = e.float(), e6.float().unflatten(1, (6, c.dim))
 
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

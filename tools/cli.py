@@ -41,9 +41,11 @@ def run(program, options, argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except ModuleNotFoundError as error:
+        if error.name not in ("diffusers", "transformers", "ftfy", "accelerate", "peft"):
+            raise
         fail(f"{error.name} is not installed; for Wan2.1: python -m pip install -e '.[wan]'")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; ask for smaller videos, smaller batches or --vae-tiling")
+        fail(f"{error}; ask for smaller videos or smaller batches (--help has more that saves)")
     return 2
 
 

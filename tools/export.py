@@ -41,13 +41,14 @@ def main(argv=None):
 
 def run(args):
     home = args.out.parent if args.out.suffix == ".safetensors" else args.out
-    if home.resolve() == checkpoint.home(args.model).resolve():
+    out = args.out / "transformer" if args.layout == "diffusers" else args.out
+    own = {checkpoint.home(args.model), checkpoint.weight_files(args.model)[0].parent}
+    if {folder.resolve() for folder in own} & {home.resolve(), out.resolve()}:
         raise ValueError(f"--out {args.out} lies in the model's own folder; choose another")
     config, metadata = load_config(args.model), checkpoint.read_metadata(args.model)
     model = WanModel.from_pretrained(args.model, args.dtype and getattr(torch, args.dtype))
     notes = {k: v for k, v in metadata.items() if k not in ("format", "config")}
-    out = args.out / "transformer" if args.layout == "diffusers" else args.out
-    model.save_pretrained(out, args.layout, {"avd": config.to_json()} | notes)
+    model.save_pretrained(out, args.layout, notes | {"avd": config.to_json()})
     if args.layout == "diffusers":
         (args.out / "scheduler").mkdir(exist_ok=True)
         (args.out / "scheduler" / "scheduler_config.json").write_text(
