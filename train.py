@@ -1,8 +1,9 @@
 """Train, in three stages: a teacher, a frame interpolator, and the 4-step student.
 
-    python train.py teacher      --out runs/teacher         flow matching on real videos
+    python train.py teacher      --out runs/teacher         flow matching on the toy world
     python train.py interpolator --out runs/interpolator    the frames between real frames
     python train.py distill      --out runs/student         adaptive video distillation
+    torchrun --nproc_per_node 8 train.py distill --model Wan2.1-T2V-1.3B --data SHARDS ...
 
 A run's folder holds its checkpoint, `metrics.jsonl` (one line a step; wall times apart, in
 `times.jsonl`), pictures of fixed prompts in `samples/`, and at the end the model. Ctrl-C saves; the
@@ -10,14 +11,10 @@ same command again goes on where it stopped, and ends with the very weights of a
 """
 
 import copy
-import hashlib
 import json
-import os
 import shutil
-import signal
 import sys
-import time
-from contextlib import contextmanager
+from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,16 +22,18 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import adavid
 import kernels
 from adavid import AVDConfig, FrameInterpolator
 from sample import WEIGHTS, load_config, load_interpolator
-from tiny_wan import PRESETS, ToyCodec, WanModel, checkpoint, world
+from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel, checkpoint, open_codec, world
 from tools import cli
+from tools.data import Prefetch, Shards, Toy
+from tools.lora import adapted
 from tools.media import thumbnails, write_contact_sheet
+from tools.run import descend, loop, rank, ranks, shard, start, stream, streams, whole
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -48,7 +47,7 @@ class Run:
     steps: int
     """updates in all"""
     batch_size: int
-    """videos in an update"""
+    """videos at a time, on each GPU"""
     seed: int = 0
     """of the data, the noise and the first weights"""
     save_every: int = 100
@@ -57,6 +56,7 @@ class Run:
     """steps between pictures of the fixed prompts"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
+    free = {"out", "device", "save_every", "sample_every"}  # these may change in a resumed run
 
 
 @dataclass
@@ -90,6 +90,7 @@ class Teacher(Run):
         guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0, 0.99)))
     """what students of this teacher use in place of the paper's numbers, stored with the weights;
     the temporal truncation is measured on real videos"""
+    free = Run.free | {"score_prompts", "avd"}
 
 
 @dataclass
@@ -100,6 +101,8 @@ class Interpolator(Run):
     batch_size: int = 32
     save_every: int = 500
     sample_every: int = 1000
+    data: Path | None = None
+    """folder of tools.encode's shards; by default the toy world"""
     lr: float = 1e-3
     """peak learning rate"""
     width: int = 32
@@ -115,8 +118,25 @@ class Distill(Run):
     save_every: int = 10
     sample_every: int = 20
     model: Path = WEIGHTS
-    """folder of the teacher, and of its interpolator"""
+    """the teacher, and beside it its interpolator"""
+    data: Path | None = None
+    """folder of tools.encode's shards; by default the toy world"""
+    codec: Path | None = None
+    """folder with Wan's VAE, for the pictures; by default the model's own"""
+    init_student: Path | None = None
+    """a model for the student to start from; by default the teacher"""
+    accumulate: int = 1
+    """batches whose gradients make one update"""
+    lora: int = 0
+    """rank of adapters to train on one shared, frozen base, in place of whole models"""
+    ema: float = 0.0
+    """decay of averaged student weights, which are then the ones that are kept; 0 for none"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """to compute in; auto is bfloat16 on an NVIDIA or AMD GPU. Weights that learn are float32"""
+    gradient_checkpointing: bool | None = None
+    """recompute each block in backward: far less memory, a third more time; by default for Wan"""
     avd: Annotated[AVDConfig, tyro.conf.arg(name="")] = AVDConfig()
+    free = Run.free | {"steps", "codec", "gradient_checkpointing"}  # the rate is constant
 
 
 def main(argv=None):
@@ -145,7 +165,8 @@ def distill_defaults(argv):
 
 
 def train_teacher(args):
-    device, codec = cli.pick_device(args.device), ToyCodec()
+    device, codec = start(args.device), ToyCodec()
+    data, pictures = Toy(codec, args.seed), Pictures(Toy(codec, GRID_SEED), ToyCodec)
     model = WanModel(PRESETS[args.preset]).init_weights(args.seed).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     # Muon learns the blocks' matrices in half the steps that AdamW takes; it is for matrices alone.
@@ -156,10 +177,9 @@ def train_teacher(args):
     forward = torch.compile(model) if args.compile else model
 
     def update(step):
-        first = step * args.batch_size
-        video, prompts = world.make(args.seed, range(first, first + args.batch_size))
-        generator = streams(args, "teacher", first)
-        x0 = codec.encode(video).to(device)
+        numbers = sample_numbers(args, step)
+        x0, _, prompts = data.batch(numbers)
+        x0, generator = x0.to(device), streams(args.seed, "teacher", numbers)
         drop = adavid.draw(torch.rand, x0.shape[:1], x0, generator)
         text = codec.encode_text([
             "" if d < args.drop_prompt else world.without_motion(prompt)
@@ -172,109 +192,135 @@ def train_teacher(args):
         error = (v - (noise - x0)).square().mean(dim=(1, 2, 3, 4))
         loss = (error * (sigma / args.sigma_floor).clamp(max=1) ** 2).mean()
 
+        loss.backward()
         lr = warmed_up_and_decayed(args, step)
-        norm = descend("model", loss, model, (muon, adamw), lr, max_norm=1.0)
+        norm = descend(model, (muon, adamw), lr, max_norm=1.0)
         decay = min(args.ema, (step + 1) / (step + 30))  # the first weights are soon forgotten
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
+        return logged(norm, loss=loss.item(), grad_norm=norm, lr=lr)
 
     def sample(noise, text):
-        return adavid.sample_teacher(ema, noise, text, codec.encode_text([""]).to(device),
+        return adavid.sample_teacher(ema, noise.to(device), text.to(device),
+                                     data.null_text.to(device),
                                      guidance_scale=args.avd.guidance_scale)
 
     state = {"model": model, "ema": ema, "muon": muon, "adamw": adamw}
-    minutes = loop(args, state, update, lambda path: sample_grid(path, sample, codec, device))
+    minutes = loop(args, state, update, lambda path: pictures.draw(path, sample))
+    if rank():
+        return
     real = codec.encode(world.make(args.seed, range(4096))[0])
     level = -kernels.temporal_variance(real).mean().log().item()
     avd = replace(args.avd, temporal_truncation=round(level, 2))
     ema.half().float()  # what is scored is what is stored
-    scores = sample_grid(None, sample, codec, device, prompts=args.score_prompts)
+    scores = Pictures(Toy(codec, GRID_SEED), ToyCodec, args.score_prompts).scores(sample)
     ema.half().save_pretrained(args.out, metadata={
         "avd": avd.to_json(), "seed": str(args.seed), "minutes": f"{minutes:.0f}",
         "scores": json.dumps(scores)})
 
 
 def train_interpolator(args):
-    device, codec = cli.pick_device(args.device), ToyCodec()
+    device, data = start(args.device), open_data(args)
+    if not data.has_videos:
+        raise ValueError(f"{args.data}: has no videos; an interpolator needs them")
     torch.manual_seed(args.seed)
-    model = FrameInterpolator(codec.channels, args.width).to(device)
+    model = FrameInterpolator(data.latent_shape[0], args.width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
+    fetch = Prefetch(lambda step: data.batch(sample_numbers(args, step)))
 
     def update(step):
-        first = step * args.batch_size
-        video, _ = world.make(args.seed, range(first, first + args.batch_size))
-        x0 = codec.encode(video).to(device)
+        x0 = fetch(step)[0].to(device)
         loss = adavid.interpolation_loss(model, x0)
+        loss.backward()
         mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2
         lr = warmed_up_and_decayed(args, step)
-        norm = descend("interpolator", loss, model, (optimizer,), lr, max_norm=1.0)
-        return {"loss": loss.item(), "plain_mean": F.mse_loss(mean, x0[:, :, 1::2]).item(),
-                "grad_norm": norm, "lr": lr}
+        norm = descend(model, (optimizer,), lr, max_norm=1.0)
+        return logged(norm, loss=loss.item(), grad_norm=norm, lr=lr, waited=fetch.waited,
+                      plain_mean=F.mse_loss(mean, x0[:, :, 1::2]).item())
 
     def show(path):
-        video = world.make(GRID_SEED, range(8))[0].to(device)
+        if args.data:
+            return
+        real = Toy(ToyCodec(), GRID_SEED).batch(range(8))[0]
         with torch.no_grad():
-            filled = codec.decode(model(codec.encode(video)[:, :, ::2]))
-        pairs = torch.stack([video, filled], dim=1).flatten(0, 1).cpu()
+            filled = model(real[:, :, ::2].to(device)).cpu()
+        pairs = ToyCodec().decode(torch.stack([real, filled], dim=1).flatten(0, 1))
         write_contact_sheet(path, map(thumbnails, pairs))
 
     minutes = loop(args, {"model": model, "optimizer": optimizer}, update, show)
-    model.half().save_pretrained(args.out / "interpolator.safetensors",
-                                 {"seed": str(args.seed), "minutes": f"{minutes:.0f}"})
+    if rank() == 0:
+        model.half().save_pretrained(args.out / "interpolator.safetensors",
+                                     {"seed": str(args.seed), "minutes": f"{minutes:.0f}"})
 
 
 def distill(args):
     """Each step is a cycle: `critic_updates` updates of the critic, then one of the student."""
-    config, device, codec = args.avd, cli.pick_device(args.device), ToyCodec()
+    config, device, data = args.avd, start(args.device), open_data(args)
     load_config(args.model)  # whose complaint `distill_defaults` has kept to itself
-    if args.out.resolve() == args.model.resolve():
+    if args.out.resolve() == checkpoint.home(args.model).resolve():
         raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
-    teacher = WanModel.from_pretrained(args.model, torch.float32, device).requires_grad_(False)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    critic = copy.deepcopy(teacher).requires_grad_(True)
+    if args.lora and (args.ema or args.init_student):
+        raise ValueError("--lora goes with neither --ema nor --init-student")
+    if config.lambda_reg and not data.has_videos:
+        raise ValueError(f"{args.data}: has no videos to learn from; --lambda-reg 0 does without")
     interpolator = load_interpolator(args.model, device)
+    if interpolator is None and max(config.train_strides) > 1 and rank() == 0:
+        print("note: no interpolator.safetensors beside the model: training runs at the full rate")
+    teacher, student, critic = load_models(args, device)
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k).to(device)
-    null_text = codec.encode_text([""]).to(device)
+    null_text = data.null_text.to(device)
+    averaged = load_whole(args, args.init_student or args.model, device) if args.ema else student
 
     def adamw(model):
-        return torch.optim.AdamW(model.parameters(), betas=config.betas,
-                                 weight_decay=config.weight_decay)
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                 betas=config.betas, weight_decay=config.weight_decay)
 
     student_optimizer, critic_optimizer = adamw(student), adamw(critic)
+    fetch = Prefetch(lambda number: data.batch(sample_numbers(args, number)))
+    motion = deque(maxlen=20)
 
-    def batch(number):
-        first = number * args.batch_size
-        video, prompts = world.make(args.seed, range(first, first + args.batch_size))
-        generator = streams(args, "distill", first)
+    def batches(number):
+        """The batches of an update: real videos, text, step and random streams."""
         # Drawn once for all: samples and ranks must agree on the step, or they run apart.
         step = torch.randint(len(config.timesteps), (), generator=stream(args.seed, "step", number))
-        return (codec.encode(video).to(device), codec.encode_text(prompts).to(device),
-                step.item(), generator)
+        for i in range(number * args.accumulate, (number + 1) * args.accumulate):
+            real, text, _ = fetch(i)
+            yield (real.to(device), text.to(device), step.item(),
+                   streams(args.seed, "distill", sample_numbers(args, i)))
 
-    def update(cycle):
-        metrics = {}
-        first = cycle * (config.critic_updates + 1)
-        for number in range(first, first + config.critic_updates):
-            real, text, step, generator = batch(number)
+    def update_critic(number):
+        loss = 0
+        for real, text, step, generator in batches(number):
             with torch.no_grad():
                 noise = adavid.draw(torch.randn, real.shape, real, generator)
                 x0 = adavid.backward_simulation(student, noise, text, step, config, interpolator,
                                                 generator)
-            loss = adavid.critic_loss(critic, x0, text, config, generator)
-            norm = descend("critic", loss, critic, (critic_optimizer,), config.critic_lr,
-                           config.grad_clip)
-            metrics |= {"critic": loss.item(), "critic_grad_norm": norm}
+            part = adavid.critic_loss(critic, x0, text, config, generator) / args.accumulate
+            part.backward()
+            loss += part.item()
+        norm = descend(critic, (critic_optimizer,), config.critic_lr, config.grad_clip)
+        return logged(norm, critic=loss, critic_grad_norm=norm)
 
-        real, text, step, generator = batch(first + config.critic_updates)
-        loss, parts = adavid.student_loss(student, teacher, critic, cache, real, text, null_text,
-                                          step, config, interpolator, generator)
-        norm = descend("student", loss, student, (student_optimizer,), config.lr,
-                       config.grad_clip)
-        metrics |= {"student_grad_norm": norm, "rollout_step": step,
-                    "data_variance": kernels.temporal_variance(real).mean().item()}
+    def update_student(number):
+        means, parts = copy.deepcopy(cache.state_dict()), []
+        for real, text, step, generator in batches(number):
+            cache.load_state_dict(means)  # all of an update's batches are weighed by the same
+            loss, part = adavid.student_loss(student, teacher, critic, cache, real, text, null_text,
+                                             step, config, interpolator, generator)
+            (loss / args.accumulate).backward()
+            parts.append(part | {"data_variance": kernels.temporal_variance(real).mean()})
+        norm = descend(student, (student_optimizer,), config.lr, config.grad_clip)
+        parts = {name: torch.cat([part[name].view(-1) for part in parts]) for name in parts[0]}
+        cache.load_state_dict(means)
+        metrics = logged(norm, student_grad_norm=norm, rollout_step=step)
+        if not metrics.get("skipped"):
+            if "reg" in parts:
+                cache(parts["reg_step"], parts["reg"])  # one step of its mean for each update
+            if args.ema:
+                for p, q in zip(averaged.parameters(), student.parameters()):
+                    p.detach().lerp_(q.detach(), 1 - args.ema)
         metrics |= {name: parts[name].mean().item() for name in parts if name != "reg_step"}
-        for i, timestep in enumerate(config.timesteps if "reg_step" in parts else ()):
+        for i, timestep in enumerate(config.timesteps if "reg" in parts else ()):
             here = parts["reg_step"] == i
             if here.any():
                 metrics |= {f"reg_{timestep:g}": parts["reg"][here].mean().item(),
@@ -284,17 +330,132 @@ def distill(args):
             metrics[f"cache_{timestep:g}"] = cache.means[i].item()
         return metrics
 
+    def update(cycle):
+        first, metrics = cycle * (config.critic_updates + 1), {}
+        for number in range(first, first + config.critic_updates):
+            metrics = update_critic(number) | {k: v for k, v in metrics.items() if k == "skipped"}
+        metrics |= update_student(first + config.critic_updates)
+        motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
+        share = sum(motion) / len(motion)
+        if data.has_videos and share < 0.5 and len(motion) == motion.maxlen and rank() == 0:
+            tqdm.write(f"step {cycle}: motion has fallen to {share:.0%} of the data's")
+            motion.clear()
+        return metrics | {"waited": fetch.waited}
+
     def sample(noise, text):
         generator = torch.Generator().manual_seed(args.seed)
-        return adavid.sample(student, noise, text, config, interpolator, generator)
+        return adavid.sample(averaged, noise.to(device), text.to(device), config, interpolator,
+                             generator)
 
     state = {"student": student, "critic": critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
-    loop(args, state, update, lambda path: sample_grid(path, sample, codec, device))
-    student.save_pretrained(args.out, metadata={
-        "method": "AVD", "avd": config.to_json(), "seed": str(args.seed)})
-    if interpolator is not None:
-        shutil.copy(args.model / "interpolator.safetensors", args.out)
+    state |= {"ema": averaged} if args.ema else {}
+    pictures = open_pictures(args, data, device)
+    loop(args, state, update, lambda path: pictures and pictures.draw(path, sample))
+    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
+    save_student(averaged, args.out, metadata)
+    if interpolator is not None and rank() == 0:
+        shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
+
+
+def load_models(args, device):
+    """Teacher, student and critic: three models, or one base with no, one and another adapter."""
+    if args.lora:
+        base = WanModel.from_pretrained(args.model, compute_dtype(args, device) or torch.float32)
+        base.gradient_checkpointing = recomputing(args)
+        return adapted(base.to(device), args.lora, ("student", "critic"), args.seed)
+    return (load_whole(args, args.model, device).requires_grad_(False),
+            load_whole(args, args.init_student or args.model, device),
+            load_whole(args, args.model, device))
+
+
+def load_whole(args, path, device):
+    """A model with weights in float32, in parts over the ranks."""
+    model = WanModel.from_pretrained(path, torch.float32)
+    model.gradient_checkpointing = recomputing(args)
+    return shard(model, device, compute_dtype(args, device))
+
+
+def compute_dtype(args, device):
+    return {"float32": None, "bfloat16": torch.bfloat16,
+            "auto": torch.bfloat16 if device.type == "cuda" else None}[args.dtype]
+
+
+def recomputing(args):
+    given = args.gradient_checkpointing
+    return args.data is not None if given is None else given
+
+
+def save_student(student, out, metadata):
+    """What was learnt: the whole model, gathered from all ranks, or LoRA's adapter alone."""
+    tensors = {name: whole(tensor).cpu() for name, tensor in student.state_dict().items()}
+    if rank() == 0:
+        if hasattr(student, "save_adapter"):
+            student.save_adapter(out, metadata)
+        else:
+            checkpoint.write(out, asdict(student.config), tensors, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data, pictures, learning rate
+# ---------------------------------------------------------------------------------------------
+
+GRID_SEED = 1000  # its prompts are for pictures and for choosing; no training run uses it
+
+
+def open_data(args):
+    return Shards(args.data, args.seed) if args.data else Toy(ToyCodec(), args.seed)
+
+
+def sample_numbers(args, batch):
+    """The numbers, in the whole run, of the samples in this rank's share of a batch."""
+    first = (batch * ranks() + rank()) * args.batch_size
+    return range(first, first + args.batch_size)
+
+
+def open_pictures(args, data, device):
+    """The toy's own prompts, or the data's first ones; None where there is no VAE to see them."""
+    if not args.data:
+        return Pictures(Toy(ToyCodec(), GRID_SEED), ToyCodec)
+    config = WanConfig.from_pretrained(args.model)
+
+    def codec():
+        return open_codec(args.model, config, args.codec, device=device)
+
+    try:
+        codec()
+    except ValueError as error:
+        if rank() == 0:
+            print(f"note: no pictures, as {error}")
+        return None
+    return Pictures(data, codec, count=4, batch_size=1)
+
+
+class Pictures:
+    """Videos of fixed prompts from fixed noise. `codec()` opens what decodes them, for a while."""
+
+    def __init__(self, data, codec, count=8, batch_size=256):
+        self.codec, self.batch_size = codec, batch_size
+        _, self.text, self.prompts = data.batch(range(count))
+        self.noise = torch.randn((count, *data.latent_shape), generator=stream(GRID_SEED, "grid"))
+
+    def videos(self, sample):
+        batches = zip(self.noise.split(self.batch_size), self.text.split(self.batch_size))
+        latents = torch.cat([sample(noise, text).cpu() for noise, text in batches])
+        return self.codec().decode(latents).cpu() if rank() == 0 else None  # all ranks sampled
+
+    def draw(self, path, sample):
+        """A contact sheet, and for the log how saturated it is."""
+        videos = self.videos(sample)
+        if videos is None:
+            return {}
+        write_contact_sheet(path, map(thumbnails, videos))
+        return {"saturation": (videos.amax(1) - videos.amin(1)).mean().item()}
+
+    def scores(self, sample):
+        """What the toy's oracle reads off the videos."""
+        scores = world.score(self.videos(sample), self.prompts)
+        return {name: value.nanmean().item() for name, value in scores.items()}
 
 
 def warmed_up_and_decayed(args, step):
@@ -302,164 +463,9 @@ def warmed_up_and_decayed(args, step):
     return args.lr * min(1, (step + 1) / 100, (1 - step / args.steps) / 0.75)
 
 
-def descend(name, loss, model, optimizers, lr, max_norm):
-    """One step down the gradient; its norm. FloatingPointError before a bad one is taken."""
-    model.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if not norm.isfinite():
-        raise FloatingPointError(f"the {name}'s loss is {loss.item():g}, its gradient {norm:g}")
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-    return norm.item()
-
-
-# ---------------------------------------------------------------------------------------------
-# Randomness, the loop and its checkpoints
-# ---------------------------------------------------------------------------------------------
-
-
-def stream(*key):
-    """The random stream of a key, such as (seed, purpose, sample): there is no state to save."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-def streams(args, purpose, first):
-    """A stream for each sample of a batch, by its number in the whole run."""
-    return [stream(args.seed, purpose, i) for i in range(first, first + args.batch_size)]
-
-
-GRID_SEED = 1000  # its prompts are for pictures and for choosing; no training run uses it
-
-
-def sample_grid(path, sample, codec, device, prompts=8):
-    """Sample fixed prompts from fixed noise; draw them, if there is a path, and return scores."""
-    names = world.make(GRID_SEED, range(prompts))[1]
-    text = codec.encode_text(names).to(device)
-    noise = torch.randn((prompts, *codec.latent_shape()), generator=stream(GRID_SEED, "grid"))
-    videos = codec.decode(sample(noise.to(device), text)).cpu()
-    if path:
-        write_contact_sheet(path, map(thumbnails, videos))
-    return {name: value.nanmean().item() for name, value in world.score(videos, names).items()}
-
-
-def loop(args, state, update, show):
-    """Run `update(step) -> metrics` up to `args.steps`, resuming and saving `state`; -> minutes.
-
-    state: the modules and optimizers that make up the run, by name.
-    show: draws the fixed prompts to a path.
-    """
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    start = resume(args, state)
-    for log in ("metrics.jsonl", "times.jsonl"):  # what came after the checkpoint is done again
-        lines = (args.out / log).read_text().splitlines()[:start] if start else []
-        (args.out / log).write_text("".join(line + "\n" for line in lines))
-
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name)
-    with open(args.out / "metrics.jsonl", "a") as metrics_log, \
-            open(args.out / "times.jsonl", "a") as times_log, stop_requests() as requests:
-        for step in bar:
-            began = time.perf_counter()
-            try:
-                metrics = update(step)
-            except FloatingPointError as error:
-                raise ValueError(f"step {step}: {error}; the last checkpoint is untouched, and a "
-                                 f"lower learning rate may help") from None
-            done = step + 1
-            print(json.dumps({"step": step} | metrics), file=metrics_log, flush=True)
-            seconds = time.perf_counter() - began
-            print(json.dumps({"step": step, "seconds": seconds}), file=times_log, flush=True)
-            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
-                             ("loss", "kl", "reg", "temp", "critic") if name in metrics})
-            if done % args.sample_every == 0 or done == args.steps:
-                show(args.out / "samples" / f"{done:06d}.png")
-            stop = list(requests)
-            if stop or done % args.save_every == 0 or done == args.steps:
-                save(args, state, done)
-            if stop:
-                bar.close()
-                print(f"stopped and saved at step {done} of {args.steps}; "
-                      f"the same command resumes there", file=sys.stderr)
-                raise SystemExit(128 + stop[0])
-    seconds = [json.loads(line)["seconds"]
-               for line in (args.out / "times.jsonl").read_text().splitlines()]
-    return sum(seconds) / 60
-
-
-@contextmanager
-def stop_requests():
-    """A list that collects SIGINT and SIGTERM, so that a step ends first. The second one kills."""
-    requests = []
-
-    def request(signum, _):
-        requests.append(signum)
-        signal.signal(signum, handlers[signum])
-
-    handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-
-def flags(args):
-    """What must not change while a run goes on.
-
-    The teacher only carries its students' `avd`; distillation, at a constant rate, may go on.
-    """
-    free = ["out", "device", "save_every", "sample_every", "score_prompts"]
-    free += {Teacher: ["avd"], Interpolator: [], Distill: ["steps"]}[type(args)]
-    values = {k: v.resolve() if isinstance(v, Path) else v
-              for k, v in asdict(args).items() if k not in free}
-    return json.dumps(values | values.pop("avd", {}), default=str)
-
-
-def save(args, state, step):
-    """Write the whole state beside the last checkpoint, then put it in its place."""
-    tensors = {}
-    for name, part in state.items():
-        if isinstance(part, torch.optim.Optimizer):
-            for i, moments in part.state_dict()["state"].items():
-                tensors |= {f"{name}.{i}.{key}": value for key, value in moments.items()}
-        else:
-            tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    part_file = args.out / "checkpoint.safetensors.part"
-    save_file(tensors, part_file, {"step": str(step), "flags": flags(args)})
-    with open(part_file, "r+b") as file:  # Windows syncs only what it may write
-        os.fsync(file.fileno())
-    os.replace(part_file, args.out / "checkpoint.safetensors")
-
-
-def resume(args, state):
-    """Load the folder's checkpoint into `state`, if there is one; the step to go on with."""
-    file = args.out / "checkpoint.safetensors"
-    if not file.exists():
-        return 0
-    with checkpoint.open_weights(file) as weights:
-        metadata = weights.metadata() or {}
-    if "flags" not in metadata:
-        raise ValueError(f"{file}: not a checkpoint of this program; choose another --out")
-    then, now = json.loads(metadata["flags"]), json.loads(flags(args))
-    if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]:
-        raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed[:4])}); "
-                         f"repeat them to resume, or choose another --out")
-    tensors = load_file(file)
-    for name, part in state.items():
-        own = {key.removeprefix(name + "."): value for key, value in tensors.items()
-               if key.startswith(name + ".")}
-        if isinstance(part, torch.optim.Optimizer):
-            moments = {}
-            for key, value in own.items():
-                i, kind = key.split(".")
-                moments.setdefault(int(i), {})[kind] = value.clone()  # lets go of the file
-            part.load_state_dict(part.state_dict() | {"state": moments})
-        else:
-            part.load_state_dict(own)
-    return int(metadata["step"])
+def logged(norm, **metrics):
+    """The metrics of an update, which a norm that is not finite has skipped."""
+    return metrics if torch.tensor(norm).isfinite() else metrics | {"skipped": 1}
 
 
 if __name__ == "__main__":

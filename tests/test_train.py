@@ -17,6 +17,7 @@ import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
 from tiny_wan import WanModel, checkpoint
+from tools import run
 
 ROOT = Path(train.__file__).parent
 
@@ -26,8 +27,14 @@ def distill(toy_folder, out, *flags, steps=2):
                        str(steps), "--batch-size", "2", "--device", "cpu", *map(str, flags)])
 
 
+def checkpoint_file(out):
+    """The one file of a run's newest, and only, checkpoint."""
+    file, = (out / "checkpoints").glob("*/*.safetensors")
+    return file
+
+
 def tensors(out):
-    return load_file(out / "checkpoint.safetensors")
+    return load_file(checkpoint_file(out))
 
 
 def equal(a, b):
@@ -135,20 +142,20 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_unbroken_one(toy_folder,
 
 @pytest.mark.parametrize("stage", ["teacher", "interpolator"])
 def test_the_other_stages_resume_exactly_too(stage, tmp_path, monkeypatch):
-    run = [stage, "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu",
+    command = [stage, "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu",
            *["--score-prompts", "1"] * (stage == "teacher")]
-    assert train.main([*run, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*command, "--out", str(tmp_path / "whole")]) == 0
 
-    save = train.save
+    begin = run.Saving.begin
 
-    def save_and_die(args, state, step):
-        save(args, state, step)
+    def save_and_die(self, state, step):
+        begin(self, state, step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", save_and_die)
-    assert train.main([*run, "--out", str(tmp_path / "broken")]) == 130
+    monkeypatch.setattr(run.Saving, "begin", save_and_die)
+    assert train.main([*command, "--out", str(tmp_path / "broken")]) == 130
     monkeypatch.undo()
-    assert train.main([*run, "--out", str(tmp_path / "broken")]) == 0
+    assert train.main([*command, "--out", str(tmp_path / "broken")]) == 0
     assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "broken"))
 
 
@@ -182,11 +189,13 @@ def test_a_missing_or_damaged_teacher_gets_one_line(toy_folder, tmp_path, capsys
 
 def test_a_damaged_checkpoint_gets_one_line_and_stays(toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
-    file = tmp_path / "checkpoint.safetensors"
+    file = checkpoint_file(tmp_path)
     file.write_bytes(file.read_bytes()[:2000])
-    assert "checkpoint.safetensors" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    assert "checkpoints/000001" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
     save_file({"x": torch.zeros(1)}, file)
-    assert "checkpoint.safetensors" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    assert "checkpoints/000001" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    (file.parent / "state.json").write_text("{")
+    assert "state.json" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
     assert file.exists()
 
 
@@ -202,7 +211,7 @@ def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monk
     monkeypatch.setattr(train, "write_contact_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         distill(toy_folder, tmp_path, "--sample-every", 1, "--save-every", 100, steps=3)
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert checkpoint_file(tmp_path).exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -226,7 +235,9 @@ def test_an_output_folder_that_is_a_file_gets_one_line(toy_folder, tmp_path, cap
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_path, capsys):
-    assert "nan" in complaint(capsys, distill(toy_folder, tmp_path, "--lr", "1e30", steps=4))
+    line = complaint(capsys, distill(toy_folder, tmp_path, "--lr", "1e30", steps=20))
+    assert "10 updates in a row" in line and "not finite" in line
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 1
 
 
 def test_help_explains_every_flag(capsys):

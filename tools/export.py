@@ -15,6 +15,7 @@ import torch
 from sample import load_config
 from tiny_wan import WanModel, checkpoint
 from tools import cli
+from tools.lora import merge
 
 SCHEDULER = {  # it noises each prediction anew, as this project's sampler does
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
@@ -31,6 +32,8 @@ class Export:
     """folder to write; for comfyui, a name in .safetensors gives the file"""
     layout: Literal[checkpoint.LAYOUTS] = "diffusers"
     """whose names for tensors and settings"""
+    lora: Path | None = None
+    """an adapter that train.py has made of this model, to be merged into it"""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """of the weights, by default as they are; what Wan computes in float32 stays float32"""
 
@@ -45,8 +48,11 @@ def run(args):
     own = {checkpoint.home(args.model), checkpoint.weight_files(args.model)[0].parent}
     if {folder.resolve() for folder in own} & {home.resolve(), out.resolve()}:
         raise ValueError(f"--out {args.out} lies in the model's own folder; choose another")
-    config, metadata = load_config(args.model), checkpoint.read_metadata(args.model)
+    source = args.lora or args.model  # of the numbers
+    config, metadata = load_config(source), checkpoint.read_metadata(source)
     model = WanModel.from_pretrained(args.model, args.dtype and getattr(torch, args.dtype))
+    if args.lora:
+        merge(model, args.lora)
     notes = {k: v for k, v in metadata.items() if k not in ("format", "config")}
     model.save_pretrained(out, args.layout, notes | {"avd": config.to_json()})
     if args.layout == "diffusers":

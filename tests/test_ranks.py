@@ -1,0 +1,222 @@
+"""Several ranks, accumulation, LoRA and averaged weights against one plain process."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+import train
+from tests.test_train import complaint
+from tiny_wan import WanModel
+from tools import export, lora
+from tools.run import checkpoints
+
+ROOT = Path(train.__file__).parent
+
+
+def distill(teacher, out, *flags, ranks=1, batch=2, steps=3):
+    """Run train.py in one process, or under torchrun."""
+    args = ["distill", "--model", teacher, "--out", out, "--batch-size", batch, "--steps", steps,
+            "--device", "cpu", "--sample-every", 100, *flags]
+    args = [str(arg) for arg in args]
+    if ranks == 1:
+        assert train.main(args) == 0
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        subprocess.run([*torchrun, "train.py", *args], cwd=ROOT, check=True, timeout=120,
+                       env={"OMP_NUM_THREADS": "1", "PATH": ""}, capture_output=True)
+    return out
+
+
+def state(out):
+    """All tensors of a run's newest checkpoint, whole, by whichever ranks it was written."""
+    reader = HuggingFaceStorageReader(str(checkpoints(out)[-1]))
+    tensors = {name: torch.zeros(about.size, dtype=about.properties.dtype)
+               for name, about in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def distance(a, b, part):
+    """L2 distance of all tensors whose names begin so."""
+    return torch.stack([(a[n].double() - b[n].double()).norm() for n in a
+                        if n.startswith(part + ".")]).norm()
+
+
+def same(a, b, teacher):
+    """Whether two runs went the same way: weights by at most 1e-3 of the distance they moved."""
+    a, b = state(a), state(b)
+    assert a.keys() == b.keys()
+    start = {f"{part}.{name}": p.float() for part in ("student", "critic")
+             for name, p in WanModel.from_pretrained(teacher).state_dict().items()}
+    for part in ("student", "critic"):
+        assert distance(a, b, part) <= 1e-3 * distance(start, a, part)
+    torch.testing.assert_close(a["cache.means"], b["cache.means"], rtol=1e-5, atol=1e-7)
+    return True
+
+
+@pytest.fixture(scope="module")
+def one(toy_folder, tmp_path_factory):
+    return distill(toy_folder, tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def first_cycles(toy_folder, tmp_path_factory):
+    """One cycle of batch 2, by one process and by two ranks."""
+    out = tmp_path_factory.mktemp("first")
+    return {1: distill(toy_folder, out / "one", steps=1),
+            2: distill(toy_folder, out / "two", steps=1, ranks=2, batch=1)}
+
+
+def test_two_ranks_have_one_processs_gradients(first_cycles):
+    """Adam's first moment after one update is the gradient, but for a factor."""
+    one, two = (state(first_cycles[ranks]) for ranks in (1, 2))
+    zero = {name: torch.zeros_like(t) for name, t in one.items()}
+    for optimizer in ("student_optimizer", "critic_optimizer"):
+        moments = {n: t for n, t in one.items() if n.endswith("exp_avg")}
+        assert distance(moments, two, optimizer) <= 1e-5 * distance(moments, zero, optimizer)
+    torch.testing.assert_close(one["cache.means"], two["cache.means"], rtol=1e-5, atol=1e-7)
+    logs = [json.loads((first_cycles[ranks] / "metrics.jsonl").read_text()) for ranks in (1, 2)]
+    for name in ("loss", "kl", "reg", "critic", "student_grad_norm", "variance"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("before, after", [(2, 2), (2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_any_number_of_ranks(
+        before, after, first_cycles, one, toy_folder, tmp_path):
+    out = shutil.copytree(first_cycles[before], tmp_path / "run")
+    flags = json.loads((checkpoints(out)[-1] / "state.json").read_text())
+    assert flags["step"] == 1
+    distill(toy_folder, out, ranks=after, batch=2 // after)
+    assert same(one, out, toy_folder)
+    student = WanModel.from_pretrained(out)  # gathered from the ranks
+    for name, p in student.state_dict().items():
+        assert torch.equal(p, state(out)["student." + name])
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(one, toy_folder, tmp_path):
+    plain = ["--lambda-reg", 0]
+    a = distill(toy_folder, tmp_path / "a", *plain)
+    b = distill(toy_folder, tmp_path / "b", *plain, "--accumulate", 2, batch=1)
+    assert same(a, b, toy_folder)
+    c = distill(toy_folder, tmp_path / "c", "--accumulate", 2, batch=1)
+    torch.testing.assert_close(  # the very first weights compare with their own batch's loss
+        state(c)["cache.means"], state(one)["cache.means"], rtol=1e-2, atol=1e-7)
+
+
+def test_averaged_weights_follow_the_students(toy_folder, one, tmp_path):
+    out = distill(toy_folder, tmp_path / "run", "--ema", 0.5)
+    tensors, teacher = state(out), WanModel.from_pretrained(toy_folder).state_dict()
+    kept = WanModel.from_pretrained(out).state_dict()
+    for name, p in kept.items():
+        assert torch.equal(p, tensors["ema." + name])
+        assert torch.equal(tensors["student." + name], state(one)["student." + name])
+    assert any(not torch.equal(kept[n], tensors["student." + n])
+               and not torch.equal(kept[n], teacher[n].float()) for n in kept)
+
+
+def test_recomputed_blocks_change_nothing(toy_folder, one, tmp_path):
+    out = distill(toy_folder, tmp_path / "run", "--gradient-checkpointing", True)
+    assert same(one, out, toy_folder)
+
+
+def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
+    out = distill(toy_folder, tmp_path / "run", "--dtype", "bfloat16", ranks=2, batch=1, steps=1)
+    assert {t.dtype for n, t in state(out).items() if n.startswith("student.")} == {torch.float32}
+    assert 0 < json.loads((out / "metrics.jsonl").read_text())["student_grad_norm"] < 1e3
+
+
+# --- LoRA ----------------------------------------------------------------------------------
+
+def test_lora_trains_adapters_of_one_base_that_stays(toy_folder, tmp_path):
+    out = distill(toy_folder, tmp_path / "one", "--lora", 4)
+    tensors = state(out)
+    assert all("lora_" in n for n in tensors if n.startswith(("student.", "critic.")))
+    ups = [t for n, t in tensors.items() if n.startswith(("student", "critic.")) and "lora_B" in n]
+    assert all(t.any() for t in ups)  # both learnt, and in every layer
+    assert not (out / "diffusion_pytorch_model.safetensors").exists()
+
+    two = distill(toy_folder, tmp_path / "two", "--lora", 4, ranks=2, batch=1)
+    for part in ("student", "critic"):
+        zero = {n: torch.zeros_like(t) for n, t in tensors.items()}
+        ups = {n: t for n, t in tensors.items() if "lora_B" in n}
+        assert distance(ups, state(two), part) <= 1e-3 * distance(ups, zero, part)
+
+    resumed = distill(toy_folder, tmp_path / "resumed", "--lora", 4, steps=1)
+    distill(toy_folder, resumed, "--lora", 4, steps=3)
+    assert all(torch.equal(t, state(resumed)[n]) for n, t in tensors.items())
+
+
+def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder):
+    plain, base = (WanModel.from_pretrained(toy_folder, torch.float32) for _ in range(2))
+    base.gradient_checkpointing = True
+    teacher, student, critic = lora.adapted(base, 4, ("student", "critic"))
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 12, 3, 8, 8, generator=g), torch.tensor([1000.0, 522.0])
+    text = torch.randn(2, 3, 15, generator=g)
+    assert all(torch.equal(m(x, t, text), plain(x, t, text)) for m in (teacher, student, critic))
+
+    for p in student.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    v = student(x, t, text)
+    with torch.no_grad():
+        assert torch.equal(teacher(x, t, text), plain(x, t, text))
+        assert torch.equal(critic(x, t, text), plain(x, t, text))
+    assert (v - plain(x, t, text)).abs().max() > 0.01
+    v.square().mean().backward()  # recomputes blocks, when another adapter was the last to work
+    recomputed = [p.grad.clone() for p in student.parameters()]
+    assert all(p.grad is None for p in critic.parameters())
+    base.gradient_checkpointing = False
+    for p in student.parameters():
+        p.grad = None
+    student(x, t, text).square().mean().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(student.parameters(), recomputed))
+
+
+def test_an_adapter_is_diffusers_and_merges_into_its_model(tmp_path):
+    from tests import miniature_wan
+
+    pipe = miniature_wan.pipeline()
+    pipe.transformer.save_pretrained(tmp_path / "wan")
+    _, student, _ = lora.adapted(WanModel.from_pretrained(tmp_path / "wan"), 4,
+                                 ("student", "critic"))
+    g = torch.Generator().manual_seed(0)
+    for p in student.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    student.save_adapter(tmp_path, {"method": "AVD"})
+    x, t = torch.randn(1, 16, 3, 8, 8, generator=g), torch.tensor([522.0])
+    text = torch.randn(1, 512, 32, generator=g)
+    wanted = student(x, t, text)
+
+    pipe.load_lora_weights(tmp_path, weight_name=lora.FILE)
+    with torch.no_grad():
+        theirs = pipe.transformer(x, t, text, return_dict=False)[0]
+    assert (wanted - theirs).abs().max() < 2e-5
+    assert export.main(["--model", str(tmp_path / "wan"), "--lora", str(tmp_path / lora.FILE),
+                        "--out", str(tmp_path / "merged"), "--layout", "original"]) == 0
+    merged = WanModel.from_pretrained(tmp_path / "merged")
+    assert (merged(x, t, text) - wanted).abs().max() < 2e-5
+    assert (WanModel.from_pretrained(tmp_path / "wan")(x, t, text) - wanted).abs().max() > 0.1
+
+
+def test_an_adapter_of_another_model_is_named(toy_folder, tmp_path, capsys):
+    from tests import miniature_wan
+
+    miniature_wan.transformer().save_pretrained(tmp_path / "wan")
+    out = distill(toy_folder, tmp_path / "run", "--lora", 4, steps=1)
+    code = export.main(["--model", str(tmp_path / "wan"), "--lora", str(out / lora.FILE),
+                        "--out", str(tmp_path / "merged")])
+    assert lora.FILE in complaint(capsys, code)
+    assert "lora" in complaint(capsys, train.main([
+        "distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--lora", "4",
+        "--ema", "0.9"]))
+    assert load_file(out / lora.FILE)

@@ -1,0 +1,103 @@
+"""What training draws from: the toy world, or shards of encoded videos (see tools/encode.py).
+
+Both are a function of a sample's number in the whole run, and so know nothing of ranks, batches
+and resuming.
+"""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tiny_wan import checkpoint, world
+
+INDEX = "index.json"
+
+
+class Toy:
+    """The toy world's videos, without end."""
+
+    has_videos = True
+
+    def __init__(self, codec, seed):
+        self.codec, self.seed = codec, seed
+        self.latent_shape = codec.latent_shape()
+        self.null_text = codec.encode_text([codec.negative_prompt])
+
+    def batch(self, numbers):
+        """Sample numbers -> latents `[b, c, f, h, w]`, text `[b, l, d]`, and the prompts."""
+        video, prompts = world.make(self.seed, numbers)
+        return self.codec.encode(video), self.codec.encode_text(prompts), prompts
+
+
+class Shards:
+    """A folder of encoded videos, in a new order in each epoch.
+
+    Where there are prompts alone, latents are zeros. ValueError names a file that is damaged.
+    """
+
+    def __init__(self, folder, seed):
+        self.folder, self.seed = Path(folder), seed
+        file = self.folder / INDEX
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; run tools.encode again if it has not ended")
+        index = checkpoint.read_json(file)
+        try:
+            self.latent_shape, shards = tuple(index["latent_shape"]), index["shards"]
+            self.items = [(s["file"], i) for s in shards for i in range(s["count"])]
+            self.has_videos = bool(index["has_videos"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: not an index of tools.encode ({error!r})") from None
+        if not self.items:
+            raise ValueError(f"{file}: there is nothing in these shards")
+        for name in {name for name, _ in self.items}:
+            if Path(name).name != name or not (self.folder / name).is_file():
+                raise ValueError(f"{file}: {name!r} is not the name of a file beside it")
+        with checkpoint.open_weights(self.folder / "null_text.safetensors") as tensors:
+            self.null_text = tensors.get_tensor("null_text").float()
+        self.orders = {}
+
+    def item(self, number):
+        """Latents, text and prompt of a sample."""
+        epoch, place = divmod(number, len(self.items))
+        if epoch not in self.orders:
+            g = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
+            self.orders = {epoch: torch.randperm(len(self.items), generator=g).tolist()}
+        name, i = self.items[self.orders[epoch][place]]
+        file = self.folder / name
+        with checkpoint.open_weights(file) as shard:
+            try:
+                text = shard.get_slice("text")[i].float()
+                latents = (shard.get_slice("latents")[i].float() if self.has_videos
+                           else torch.zeros(self.latent_shape))
+                prompt = json.loads(shard.metadata()["prompts"])[i]
+            except Exception as error:  # safetensors raises many kinds
+                raise ValueError(f"{file}: no sample {i} in it ({error})") from None
+        if latents.shape != self.latent_shape or not latents.isfinite().all() \
+                or not text.isfinite().all():
+            raise ValueError(f"{file}: sample {i} is not finite, or not {self.latent_shape}")
+        return latents, text, prompt
+
+    def batch(self, numbers):
+        """As Toy's; texts end in zeros where another of the batch is longer."""
+        latents, text, prompts = zip(*map(self.item, numbers))
+        return torch.stack(latents), pad_sequence(text, batch_first=True), list(prompts)
+
+
+class Prefetch:
+    """`load(number)`, with the next number's load already under way while the caller computes."""
+
+    def __init__(self, load):
+        self.load, self.pool, self.coming = load, ThreadPoolExecutor(1), {}
+        self.waited = 0.0  # seconds in all, for data
+
+    def __call__(self, number):
+        start = time.perf_counter()
+        coming = self.coming.pop(number, None) or self.pool.submit(self.load, number)
+        result = coming.result()
+        self.waited += time.perf_counter() - start
+        self.coming = {number + 1: self.pool.submit(self.load, number + 1)}
+        return result

@@ -1,0 +1,86 @@
+"""LoRA: one frozen base, and small adapters that make a student and a critic of it.
+
+Files are those of diffusers' `load_lora_weights`.
+"""
+
+import torch
+from safetensors.torch import save_file
+
+from tiny_wan import checkpoint
+
+FILE = "pytorch_lora_weights.safetensors"
+TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
+
+
+def adapted(base, rank, names, seed=0):
+    """The frozen base as it is, and with each of the named adapters: models that share it.
+
+    Adapters are float32 and start as no change at all.
+    """
+    import peft
+
+    base.requires_grad_(False)
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+    for name in names:
+        base.__dict__.pop("peft_config", None)  # or peft warns of the second one
+        peft.inject_adapter_in_model(config, base, adapter_name=name)
+    for name, p in base.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    return [Adapted(base, name) for name in (None, *names)]
+
+
+class Adapted:
+    """The base with one adapter or, where `name` is None, with none."""
+
+    def __init__(self, base, name):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.base, self.name, self.config = base, name, base.config
+        self.layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+
+    def __call__(self, *inputs, **options):
+        self.activate()
+        v = self.base(*inputs, **options)
+        if v.requires_grad:  # by then another may be active, and backward recomputes the blocks
+            v.register_hook(lambda _: self.activate())
+        return v
+
+    def activate(self):
+        for layer in self.layers:
+            layer.enable_adapters(self.name is not None)
+            if self.name is not None:
+                layer.set_adapter([self.name])
+        for name, p in self.base.named_parameters():
+            if "lora_" in name:  # peft freezes those that rest, and a graph may still need them
+                p.requires_grad_(True)
+
+    def state_dict(self):
+        """The adapter's own tensors, by the names of the layers that they belong to."""
+        return {name.replace(f".{self.name}.", "."): p for name, p in self.base.named_parameters()
+                if f".{self.name}." in name}
+
+    def parameters(self):
+        return list(self.state_dict().values())
+
+    def save_adapter(self, folder, metadata):
+        """Write what diffusers' `load_lora_weights` reads. Its scale is one: alpha is the rank."""
+        tensors = {"transformer." + checkpoint.diffusers_name(name): p.detach().cpu().contiguous()
+                   for name, p in self.state_dict().items()}
+        save_file(tensors, folder / FILE, {"format": "pt"} | metadata)
+
+
+def merge(model, file):
+    """Add the adapter in a file to the model's own weights. ValueError where it does not fit."""
+    layers = {"transformer." + checkpoint.diffusers_name(name).removesuffix(".weight"): p
+              for name, p in model.named_parameters() if name.endswith(".weight")}
+    with checkpoint.open_weights(file) as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}
+    for name in {name.rsplit(".lora_", 1)[0] for name in tensors}:
+        try:
+            up, down = tensors[name + ".lora_B.weight"], tensors[name + ".lora_A.weight"]
+            layers[name].data += (up.float() @ down.float()).to(layers[name].dtype)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{file}: {name} does not fit this model ({error})") from None
+    return model
