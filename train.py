@@ -54,9 +54,12 @@ class Run:
     """steps between checkpoints"""
     sample_every: int = 100
     """steps between pictures of the fixed prompts"""
+    tensorboard: bool = False
+    """log for TensorBoard, too, if it is installed"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
-    free = {"out", "device", "save_every", "sample_every"}  # these may change in a resumed run
+    # These may change in a resumed run.
+    free = {"out", "device", "save_every", "sample_every", "tensorboard"}
 
 
 @dataclass

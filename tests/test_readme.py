@@ -1,13 +1,17 @@
-"""The README's chapter on Wan2.1, word for word, on a miniature."""
+"""The README's chapters on Wan2.1, word for word, on a miniature."""
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+import torch
 
 import adavid
 import sample
@@ -16,12 +20,26 @@ from tiny_wan import WanModel
 from tools import export
 
 ROOT = Path(__file__).parents[1]
-CHAPTER = re.search(r"\n## Wan2.1\n(.*?)\n## ", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
-SMALL = {"sample.py": ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]}
+SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
+SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
+         "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", CHAPTER, re.S)
+def blocks(chapter, language):
+    text = re.search(rf"\n## {chapter}\n(.*?)\n## ", (ROOT / "README.md").read_text("utf-8"), re.S)
+    return re.findall(rf"```{language}\n(.*?)```", text[1], re.S)
+
+
+def commands(chapter):
+    """Each command's program and arguments, without the Python or torchrun that starts it."""
+    for line in (line for block in blocks(chapter, "sh") for line in block.splitlines()):
+        words = shlex.split(re.sub(r"--accumulate \d+", "--accumulate 1", line))
+        for i, word in enumerate(words):
+            if word.startswith(("sample.py", "train.py", "tools.")):
+                yield words[:i], word, words[i + 1:] + SMALL.get(word, [])
+                break
+        else:
+            yield words, None, []
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +56,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_commands(folder, monkeypatch):
+def test_sampling_and_export(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
     programs = {"sample.py": sample.main, "tools.export": export.main}
     seen = []
-    for line in lines:
-        program, args = (line[2], line[3:]) if line[1] == "-m" else (line[1], line[2:])
-        if program in programs:
-            assert programs[program]([*args, *SMALL.get(program, ())]) == 0, line
+    for _, program, args in commands("Wan2.1"):
+        if program:
+            assert programs[program](args) == 0, args
             seen.append(program)
     assert seen == ["sample.py"] * 3 + ["tools.export"]
     video = iio.imread("runs/samples/A cat walks on the grass, realistic-0.mp4")
@@ -58,8 +74,48 @@ def test_commands(folder, monkeypatch):
     assert Path("runs/exported/interpolator.safetensors").exists()
 
 
+def test_training_from_videos_to_a_student(tmp_path, monkeypatch):
+    """Videos, shards, interpolator, distillation on two ranks and with LoRA, samples."""
+    monkeypatch.chdir(tmp_path)
+    miniature_wan.make(tmp_path / "Wan2.1-T2V-1.3B", "original")
+    Path("prompts.txt").write_text("a dog runs\n")
+    Path("clips").mkdir()
+    with open("captions.jsonl", "w") as file:
+        for i, caption in enumerate(["a bird", "A dog runs.", "a car", "a boat", "a tree"]):
+            rows = torch.arange(32).view(1, 32, 1, 1) * (i + 2)
+            video = (rows + 5 * torch.arange(20).view(20, 1, 1, 1)) % 256
+            iio.imwrite(f"clips/{i}.mp4", video.expand(20, 32, 48, 3).byte().numpy(), fps=16)
+            print(json.dumps({"video": f"{i}.mp4", "caption": caption}), file=file)
+
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    seen = []
+    for start, program, args in commands("Scaling to Wan2.1"):
+        if program is None:
+            assert start[0] == "cp"
+            shutil.copy(*start[1:])
+        elif "--nnodes" not in start:  # of which there is one here
+            python = [sys.executable]
+            if start[0].endswith("torchrun"):
+                python += ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+            script = ["-m", program] if program.startswith("tools.") else [ROOT / program]
+            result = subprocess.run([str(a) for a in (*python, *script, *args)], env=env,
+                                    capture_output=True, text=True, timeout=200)
+            assert result.returncode == 0, (args, result.stderr)
+            seen.append(program)
+            if program == "tools.encode":
+                assert "4 encoded" in result.stdout and "1: its caption" in result.stdout
+    assert seen == ["tools.plan"] * 3 + ["tools.encode"] * 2 + ["train.py"] * 3 + [
+        "tools.export", "sample.py"]
+    log = [json.loads(line) for line in open("runs/student/metrics.jsonl")]
+    assert len(log) == 2 and "saturation" in log[-1] and Path("runs/student/samples").is_dir()
+    assert WanModel.from_pretrained("runs/merged").config == WanModel.from_pretrained(
+        "runs/student").config
+    assert Path("runs/student/interpolator.safetensors").exists()
+    assert Path("runs/vbench/a dog runs-4.mp4").exists()
+
+
 def test_python(folder):
-    stock, ours = blocks("python")
+    stock, ours = blocks("Wan2.1", "python")
     small = {"torch.bfloat16": "torch.float32", '"cuda"': '"cpu"', "21, 60, 104": "3, 4, 6",
              "guidance_scale=1.0": "guidance_scale=1.0, num_frames=5, height=32, width=48",
              ".cuda()": ""}

@@ -41,7 +41,7 @@ def run(program, options, argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except ModuleNotFoundError as error:
-        if error.name not in ("diffusers", "transformers", "ftfy", "accelerate", "peft"):
+        if error.name not in ("diffusers", "transformers", "ftfy", "peft", "tensorboard"):
             raise
         fail(f"{error.name} is not installed; for Wan2.1: python -m pip install -e '.[wan]'")
     except torch.OutOfMemoryError as error:

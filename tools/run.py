@@ -145,7 +145,10 @@ def loop(args, state, update, show):
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
                disable=not first)
-    saving, skips, waited = Saving(args), 0, 0
+    saving, skips, waited, board = Saving(args), 0, 0, None
+    if args.tensorboard and first:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(args.out)
     with stop_requests() as requests:
         for step in bar:
             began = time.perf_counter()
@@ -161,6 +164,9 @@ def loop(args, state, update, show):
             before, waited = waited, metrics.pop("waited", 0)
             times = {"step": step, "seconds": time.perf_counter() - began,
                      "waited": waited - before}  # of these, for data
+            if board:
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, step)
             if first:
                 append(args.out / "metrics.jsonl", {"step": step} | metrics)
                 append(args.out / "times.jsonl", times)

@@ -1,0 +1,238 @@
+"""From video files and captions to shards, and what is drawn from them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import miniature_wan
+from tests.test_train import complaint
+from tiny_wan import WanCodec
+from tools import encode
+from tools.data import Prefetch, Shards
+
+ROOT = Path(encode.__file__).parents[1]
+SIZE = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return miniature_wan.make(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Files as people have them; eight of them can be used."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "more").mkdir()
+    rng = np.random.default_rng(0)
+
+    def clip(name, frames, height, width, fps):
+        image = rng.integers(0, 255, (1, height // 8, width // 8, 3), dtype=np.uint8)
+        video = np.roll(image.repeat(8, 1).repeat(8, 2), 1, axis=2).repeat(frames, 0)
+        for i in range(frames):
+            video[i] = np.roll(video[i], 2 * i, axis=1)
+        iio.imwrite(folder / name, video, fps=fps, codec="libx264", macro_block_size=2)
+        (folder / name).with_suffix(".txt").write_text(f"a pattern, take {name}\n")
+
+    for i, (frames, height, width, fps) in enumerate([
+            (5, 32, 48, 16), (30, 64, 64, 30), (20, 48, 128, 24), (9, 128, 48, 16),
+            (40, 32, 48, 60), (12, 96, 144, 25)]):
+        clip(f"ok-{i}.mp4", frames, height, width, fps)
+    clip("more/ok-6.mp4", 8, 32, 48, 16)
+    clip("-odd name: 100%.mp4", 8, 40, 56, 16)
+    clip("short.mp4", 4, 32, 48, 30)
+    for name, share in {"cut.mp4": 0.1, "cut-2.mp4": 0.8}.items():
+        clip(name, 100, 128, 128, 16)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:int(share * len(whole))])
+    (folder / "empty.mp4").touch()
+    (folder / "empty.txt").write_text("nothing at all")
+    (folder / "text.mp4").write_text("this is not a video\n" * 100)
+    (folder / "text.txt").write_text("a text")
+    clip("silent.mp4", 8, 32, 48, 16)
+    (folder / "silent.txt").unlink()
+    return folder
+
+
+def run(wan, out, *args):
+    return encode.main([str(a) for a in ("--model", wan, "--out", out, *SIZE, *args)])
+
+
+@pytest.fixture(scope="module")
+def shards(wan, clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "out"
+    assert run(wan, out, "--videos", clips, "--shard-size", 3) == 0
+    return out
+
+
+def rows(out):
+    """{video: (caption, latents, text)} of all shards."""
+    found = {}
+    for file in sorted(out.glob("shard-*.safetensors")):
+        tensors = load_file(file)
+        with encode.checkpoint.open_weights(file) as weights:
+            about = weights.metadata()
+        for i, name in enumerate(json.loads(about["videos"])):
+            assert name not in found
+            found[name] = (json.loads(about["prompts"])[i], tensors["latents"][i],
+                           tensors["text"][i])
+    return found
+
+
+def test_what_can_be_used_is_encoded_and_the_rest_has_reasons(shards):
+    assert sorted(rows(shards)) == sorted(
+        ["-odd name: 100%.mp4", "more/ok-6.mp4", *(f"ok-{i}.mp4" for i in range(6))])
+    skipped = {e["video"]: e["reason"] for e in map(
+        json.loads, (shards / "skipped.jsonl").read_text().splitlines())}
+    assert sorted(skipped) == ["cut-2.mp4", "cut.mp4", "empty.mp4", "short.mp4", "silent.mp4",
+                               "text.mp4"]
+    assert skipped["short.mp4"].startswith(("2 of 5", "3 of 5"))
+    assert skipped["silent.mp4"] == "no caption"
+    assert all(skipped[n].startswith("0 of 5 frames") and "(" in skipped[n]
+               for n in ("cut.mp4", "cut-2.mp4", "empty.mp4", "text.mp4"))
+
+
+def test_latents_and_embeddings_are_the_codecs_own(wan, clips, shards):
+    codec, found = WanCodec(wan), rows(shards)
+    video = torch.from_numpy(iio.imread(clips / "ok-0.mp4")).permute(3, 0, 1, 2)[None] / 255
+    caption, latents, text = found["ok-0.mp4"]
+    assert (latents - codec.encode(video)[0]).abs().max() < 0.05  # colours are rounded twice
+    assert caption == "a pattern, take ok-0.mp4"
+    wanted = codec.encode_text([caption])[0]
+    torch.testing.assert_close(text[:len(wanted)], wanted)
+    assert not text[len(wanted):].any()
+    null_text = load_file(shards / "null_text.safetensors")["null_text"]
+    torch.testing.assert_close(null_text, codec.encode_text([codec.negative_prompt]))
+
+
+def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkeypatch, capsys):
+    reads, read = [], encode.read_video
+
+    def dies(file, *size):
+        if len(reads) == 7:
+            raise KeyboardInterrupt
+        reads.append(file)
+        return read(file, *size)
+
+    monkeypatch.setattr(encode, "read_video", dies)
+    assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 130
+    assert not (tmp_path / "index.json").exists()
+    with pytest.raises(ValueError, match="run tools.encode again"):
+        Shards(tmp_path, 0)
+
+    monkeypatch.setattr(encode, "read_video", lambda f, *size: reads.append(f) or read(f, *size))
+    assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
+    assert len(reads) - len(set(reads)) <= 1  # what was read ahead when it died
+    assert rows(tmp_path).keys() == rows(shards).keys()
+    for name, (caption, latents, _) in rows(shards).items():
+        assert rows(tmp_path)[name][0] == caption and torch.equal(rows(tmp_path)[name][1], latents)
+    before = len(reads)
+    capsys.readouterr()
+    assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
+    assert len(reads) == before and "8 encoded" in capsys.readouterr().out
+
+    line = complaint(capsys, run(wan, tmp_path, "--videos", clips, "--fps", 8))
+    assert "other settings" in line
+
+
+def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
+    args = ["--videos", clips, "--model", wan, "--out", tmp_path, *SIZE]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, "-m", "tools.encode", *map(str, args)], cwd=ROOT, check=True,
+                   env={"OMP_NUM_THREADS": "1", "PATH": ""}, capture_output=True, timeout=120)
+    assert {f.name[:9] for f in tmp_path.glob("shard-*")} == {"shard-000", "shard-001"}
+    assert rows(tmp_path).keys() == rows(shards).keys() and len(Shards(tmp_path, 0).items) == 8
+
+
+def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, capsys):
+    entries = {"ok-0.mp4": "A cat walks on green grass, slowly", "ok-3.mp4": "a boat",
+               "../ok.mp4": "outside", "gone.mp4": "gone", "more/ok-6.mp4": "a red bird"}
+    jsonl, table = tmp_path / "captions.jsonl", tmp_path / "captions.csv"
+    jsonl.write_text("".join(json.dumps({"video": v, "caption": c}) + "\n"
+                             for v, c in entries.items()))
+    table.write_text("video,caption\n" + "".join(f'{v},"{c}"\n' for v, c in entries.items()))
+    (tmp_path / "bench.txt").write_text("a cat walks on green grass\nA boat.\nbird\n")
+    for file in (jsonl, table):
+        out = tmp_path / file.suffix[1:]
+        capsys.readouterr()
+        assert run(wan, out, "--videos", clips, "--captions", file,
+                   "--exclude-prompts", tmp_path / "bench.txt") == 0
+        assert "2: its caption is among the excluded prompts" in capsys.readouterr().out
+        assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}
+
+
+def test_prompts_alone(wan, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog that runs\n")
+    assert run(wan, tmp_path / "out", "--captions", tmp_path / "prompts.txt") == 0
+    data = Shards(tmp_path / "out", 0)
+    latents, text, prompts = data.batch(range(2))
+    assert not data.has_videos and not latents.any() and latents.shape == (2, 16, 2, 4, 6)
+    assert sorted(prompts) == ["a cat", "a dog that runs"] and text.any()
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.jsonl", b'{"video": "x"}\n', "entry 1"), ("a.jsonl", b"{bad\n", "entry 1"),
+    ("a.csv", b"file,text\na,b\n", "entry 1"), ("a.csv", b"\xff\xfe\x00", "UTF-8"),
+    ("a.txt", b"", "no prompts"),
+])
+def test_bad_captions_get_one_line(name, content, says, wan, clips, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    line = complaint(capsys, run(wan, tmp_path / "out", "--videos", clips, "--captions",
+                                 tmp_path / name))
+    assert says in line and name in line
+
+
+def test_nothing_to_encode_gets_one_line(wan, tmp_path, capsys):
+    assert "nothing to encode" in complaint(capsys, run(wan, tmp_path / "out"))
+    assert "no videos" in complaint(capsys, run(wan, tmp_path / "out", "--videos", tmp_path))
+    assert "gone" in complaint(capsys, run(wan, tmp_path / "out", "--videos", tmp_path / "gone"))
+
+
+# --- what training draws -----------------------------------------------------------------------
+
+def test_each_epoch_has_every_sample_once_whatever_the_batches(shards):
+    data = Shards(shards, seed=3)
+    whole = data.batch(range(16))[2]
+    assert sorted(whole[:8]) == sorted(whole[8:]) and len(set(whole)) == 8
+    assert whole[:8] != whole[8:] != Shards(shards, seed=4).batch(range(8, 16))[2]
+    assert [data.batch([i])[2][0] for i in (11, 3, 7)] == [whole[i] for i in (11, 3, 7)]
+    latents, text, _ = data.batch([0, 1])
+    assert latents.shape == (2, *data.latent_shape) and latents.dtype == text.dtype == torch.float32
+
+
+@pytest.mark.parametrize("breaks, says", [
+    (lambda d: (d / "shard-000-00001.safetensors").unlink(), "shard-000-00001"),
+    (lambda d: (d / "index.json").write_text("[]"), "index.json"),
+    (lambda d: (d / "index.json").write_text('{"shards": []}'), "index.json"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        "shard-000-00001", "../shard")), "../shard"),
+    (lambda d: (d / "null_text.safetensors").write_bytes(b""), "null_text"),
+    (lambda d: (d / "shard-000-00000.safetensors").write_bytes(b"x" * 99), "shard-000-00000"),
+    (lambda d: save_file({"text": torch.zeros(3, 1, 32)}, d / "shard-000-00000.safetensors"),
+     "shard-000-00000"),
+    (lambda d: save_file(
+        {"text": torch.zeros(3, 1, 32), "latents": torch.full((3, 16, 2, 4, 6), torch.nan)},
+        d / "shard-000-00000.safetensors", {"prompts": '["a", "b", "c"]'}), "not finite"),
+])
+def test_damaged_shards_are_named(breaks, says, shards, tmp_path):
+    broken = shutil.copytree(shards, tmp_path / "shards")
+    breaks(broken)
+    with pytest.raises(ValueError, match=says.replace("../", r"\.\./")):
+        Shards(broken, 0).batch(range(8))
+
+
+def test_prefetching_gives_what_loading_gives():
+    loads = []
+    fetch = Prefetch(lambda i: loads.append(i) or (i * i if i < 5 else 1 / 0))
+    assert [fetch(i) for i in (0, 1, 2, 4)] == [0, 1, 4, 16] and fetch.waited >= 0
+    with pytest.raises(ZeroDivisionError):
+        fetch(5)
+    assert loads.count(1) == loads.count(2) == 1

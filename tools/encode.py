@@ -1,0 +1,283 @@
+"""Videos and captions to shards of latents and embeddings, which train.py draws from.
+
+    python -m tools.encode --videos clips --captions captions.jsonl --model Wan2.1-T2V-1.3B \\
+        --out shards
+    torchrun --nproc_per_node 8 -m tools.encode ...          a share for each GPU
+
+The same command again goes on where it stopped. What cannot be used is listed, with the reason, in
+skipped.jsonl. Without --videos, prompts alone are encoded: for distribution matching they are enough.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import imageio_ffmpeg
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from sample import read_prompts
+from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
+from tools import cli
+from tools.data import INDEX, Prefetch
+from tools.run import rank, ranks, start
+
+SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+TIMEOUT = 300  # seconds for one video
+
+
+@dataclass
+class Encode:
+    """Encode videos and their captions, or prompts alone, for train.py --data."""
+
+    out: Path
+    """folder of the shards; the same command again resumes what is there"""
+    model: Path
+    """Wan2.1, in any layout, with its text encoder and VAE"""
+    videos: Path | None = None
+    """folder of videos, searched throughout; without it, prompts alone are encoded"""
+    captions: Path | None = None
+    """.jsonl of {"video": ..., "caption": ...}, .csv with these columns, or .txt with a prompt on
+    each line; by default a text file beside each video"""
+    codec: Path | None = None
+    """folder with the text encoder and the VAE, if they are not with the model"""
+    exclude_prompts: Path | None = None
+    """prompts, one on each line, that captions must not repeat: those of your benchmarks"""
+    frames: int | None = None
+    """of each video, from its start; by default 81"""
+    height: int | None = None
+    """in pixels, scaled and cropped to; by default 480"""
+    width: int | None = None
+    """in pixels; by default 832"""
+    fps: int = 16
+    """frames per second, resampled to"""
+    negative_prompt: str | None = None
+    """what guidance leads away from in training; by default Wan's own"""
+    shard_size: int = 64
+    """videos in a shard, and what an interruption loses at most"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the text encoder; auto is what its file has"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+
+
+def main(argv=None):
+    return cli.run(run, Encode, argv)
+
+
+def run(args):
+    device = start(args.device)
+    items, left_out = find_items(args)
+    config = WanModel.from_pretrained(args.model, device="meta").config
+    codec = open_codec(args.model, config, args.codec, device=device,
+                       dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
+    if isinstance(codec, ToyCodec):
+        raise ValueError(f"{args.model}: the toy needs no shards; its videos are made as it trains")
+    shape = codec.latent_shape(args.frames, args.height, args.width)
+    size = ((shape[1] - 1) * codec.time_factor + 1, *(n * codec.space_factor for n in shape[2:]))
+    null_prompt = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
+    has_videos = args.videos is not None
+    settings = json.dumps({"latent_shape": shape, "has_videos": has_videos, "fps": args.fps,
+                           "text_dim": config.text_dim, "null_prompt": null_prompt})
+    if has_videos:
+        codec.prepare()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    shards, broken = what_is_done(args.out, settings)
+    done = {name for names in shards.values() for name in names} | set(broken)
+    mine = [item for item in list(items.items())[rank()::ranks()] if item[0] not in done]
+    fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
+    log, pending = args.out / f"broken-{rank():03}.jsonl", []
+    bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
+    with codec.text_encoder() as encode:
+        null_text = encode(null_prompt)[None]
+        try:
+            for i, (name, caption) in enumerate(bar):
+                try:
+                    latents = codec.encode(fetch(i)[None])[0].half().cpu() if has_videos else None
+                except ValueError as error:
+                    with open(log, "a", encoding="utf-8") as file:
+                        print(json.dumps({"video": name, "reason": str(error)}), file=file)
+                    continue
+                pending.append((name, caption, encode(caption), latents))
+                if len(pending) == args.shard_size:
+                    write_shard(args.out, pending, settings)
+                    pending = []
+        finally:  # Ctrl-C loses nothing
+            if pending:
+                write_shard(args.out, pending, settings)
+    if ranks() > 1:
+        dist.barrier()
+    if rank() == 0:
+        finish(args.out, settings, items, left_out, null_text)
+
+
+# ---------------------------------------------------------------------------------------------
+# What there is to encode
+# ---------------------------------------------------------------------------------------------
+
+
+def find_items(args):
+    """{name: caption} to encode, and {name: reason} of what is left out."""
+    captions = read_captions(args.captions) if args.captions else {}
+    if args.videos is None:
+        if not captions:
+            raise ValueError("nothing to encode: give --videos, or --captions for prompts alone")
+        names = list(captions)
+    else:
+        if not args.videos.is_dir():
+            raise ValueError(f"{args.videos}: no such folder")
+        there = sorted(str(f.relative_to(args.videos)) for f in args.videos.rglob("*")
+                       if f.suffix.lower() in SUFFIXES)
+        if not args.captions:
+            captions = {name: sidecar(args.videos / name) for name in there}
+        names = list(dict.fromkeys([*there, *captions]))
+        if not names:
+            raise ValueError(f"{args.videos}: no videos in it ({', '.join(sorted(SUFFIXES))})")
+    excluded = read_prompts(args.exclude_prompts) if args.exclude_prompts else []
+    excluded = {plain(prompt) for prompt in excluded}
+    long_ones = [prompt for prompt in excluded if prompt.count(" ") >= 3]
+
+    items, left_out = {}, {}
+    for name in names:
+        caption = captions.get(name)
+        if args.videos and not is_inside(args.videos / name, args.videos):
+            left_out[name] = "no such file in the folder"
+        elif not caption:
+            left_out[name] = "no caption"
+        elif plain(caption) in excluded or any(p in plain(caption) for p in long_ones):
+            left_out[name] = "its caption is among the excluded prompts"
+        else:
+            items[name] = caption
+    return items, left_out
+
+
+def is_inside(file, folder):
+    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+
+
+def plain(text):
+    """For comparing: lower case, single spaces, no punctuation at the ends."""
+    return " ".join(text.lower().split()).strip(" .,;:!?\"'")
+
+
+def read_captions(file):
+    """{video: caption}; of a .txt, {number of the line: prompt}. ValueError names a bad line."""
+    if file.suffix == ".txt":
+        return {f"{i:08}": prompt for i, prompt in enumerate(read_prompts(file))}
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not a text file in UTF-8") from None
+    captions = {}
+    rows = csv.DictReader(text.splitlines()) if file.suffix == ".csv" else (
+        line for line in text.splitlines() if line.strip())
+    for number, row in enumerate(rows, 1):
+        try:
+            row = row if isinstance(row, dict) else json.loads(row)
+            captions[str(row["video"])] = str(row["caption"] or "").strip()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{file}: entry {number} has no video and caption") from None
+    return captions
+
+
+def sidecar(video):
+    """The caption in the text file beside a video, or None."""
+    file = video.with_suffix(".txt")
+    try:
+        return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else None
+    except UnicodeDecodeError:
+        return None
+
+
+def read_video(file, frames, height, width, fps):
+    """RGB in [0, 1] `[3, f, h, w]`: resampled, scaled and cropped. ValueError says why not."""
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
+        "-protocol_whitelist", "file,pipe", "-i", f"file:{file.resolve()}", "-map", "0:v:0",
+        "-vf", f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
+               f"crop={width}:{height}",
+        "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"not decoded within {TIMEOUT} s") from None
+    count = len(result.stdout) // (height * width * 3)
+    if count < frames:
+        said = [re.sub(r"^\[.*?\] ", "", line) for line in
+                result.stderr.decode(errors="replace").splitlines() if line.strip()]
+        why = f" ({said[0].replace(f'file:{file.resolve()}', 'it')[:120]})" if said else ""
+        raise ValueError(f"{count} of {frames} frames at {fps} fps{why}")
+    video = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
+    return rearrange(video, "(f h w c) -> c f h w", f=frames, h=height, w=width).float() / 255
+
+
+# ---------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------
+
+
+def write_shard(out, rows, settings):
+    """Rows of name, caption, text `[l, d]` and latents become this rank's next file."""
+    names, captions, text, latents = zip(*rows)
+    tensors = {"text": pad_sequence(text, batch_first=True)}
+    if latents[0] is not None:
+        tensors["latents"] = torch.stack(latents)
+    number = 0
+    while (file := out / f"shard-{rank():03}-{number:05}.safetensors").exists():
+        number += 1
+    save_file(tensors, f"{file}.part", {"settings": settings, "videos": json.dumps(names),
+                                        "prompts": json.dumps(captions)})
+    os.replace(f"{file}.part", file)
+
+
+def what_is_done(out, settings):
+    """{shard: names} and {name: reason} of the broken, from earlier runs on any number of ranks."""
+    shards, broken = {}, {}
+    for file in sorted(out.glob("shard-*.safetensors")):
+        with checkpoint.open_weights(file) as shard:
+            about = shard.metadata() or {}
+        if about.get("settings") != settings:
+            raise ValueError(f"{file}: was encoded with other settings ({about.get('settings')}); "
+                             f"repeat them, or choose another --out")
+        shards[file.name] = json.loads(about["videos"])
+    for file in sorted(out.glob("broken-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                broken[entry["video"]] = entry["reason"]
+            except (ValueError, KeyError, TypeError):
+                pass  # the line that an interruption cut: its video is tried again
+    return shards, broken
+
+
+def finish(out, settings, items, left_out, null_text):
+    """The index, without which nothing trains, the list of what was skipped, and a summary."""
+    shards, broken = what_is_done(out, settings)
+    skipped = {name: why for name, why in broken.items() if name in items} | left_out
+    lines = (json.dumps({"video": name, "reason": why}) + "\n" for name, why in skipped.items())
+    (out / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    save_file({"null_text": null_text.contiguous()}, out / "null_text.safetensors")
+    index = json.loads(settings) | {
+        "shards": [{"file": file, "count": len(names)} for file, names in shards.items()]}
+    (out / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    os.replace(out / f"{INDEX}.part", out / INDEX)
+    count = sum(len(names) for names in shards.values())
+    reasons = Counter(re.sub(r"^\d+ of.*", "broken or too short", why) for why in skipped.values())
+    print(f"{count} encoded in {len(shards)} shards, {len(skipped)} skipped"
+          + "".join(f"; {n}: {why}" for why, n in reasons.items()) + f" (see {out}/skipped.jsonl)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
