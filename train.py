@@ -267,8 +267,8 @@ def distill(args):
     if config.lambda_reg and not data.has_videos:
         raise ValueError(f"{args.data}: has no videos to learn from; --lambda-reg 0 does without")
     interpolator = load_interpolator(args.model, device)
-    if interpolator is None and max(config.train_strides) > 1 and rank() == 0:
-        print("note: no interpolator.safetensors beside the model: training runs at the full rate")
+    if interpolator is None and rank() == 0:
+        print("note: no interpolator.safetensors beside the model, so all steps are full rate")
     teacher, student, critic = load_models(args, device)
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k).to(device)
     null_text = data.null_text.to(device)

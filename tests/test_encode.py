@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -12,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
 from tests import miniature_wan
 from tests.test_train import complaint
-from tiny_wan import WanCodec
+from tiny_wan import WanCodec, codec
 from tools import encode
 from tools.data import Prefetch, Shards
 
@@ -101,16 +103,16 @@ def test_what_can_be_used_is_encoded_and_the_rest_has_reasons(shards):
 
 
 def test_latents_and_embeddings_are_the_codecs_own(wan, clips, shards):
-    codec, found = WanCodec(wan), rows(shards)
+    wan_codec, found = WanCodec(wan), rows(shards)
     video = torch.from_numpy(iio.imread(clips / "ok-0.mp4")).permute(3, 0, 1, 2)[None] / 255
     caption, latents, text = found["ok-0.mp4"]
-    assert (latents - codec.encode(video)[0]).abs().max() < 0.05  # colours are rounded twice
+    assert (latents - wan_codec.encode(video)[0]).abs().max() < 0.05  # colours are rounded twice
     assert caption == "a pattern, take ok-0.mp4"
-    wanted = codec.encode_text([caption])[0]
+    wanted = wan_codec.encode_text([caption])[0]
     torch.testing.assert_close(text[:len(wanted)], wanted)
     assert not text[len(wanted):].any()
     null_text = load_file(shards / "null_text.safetensors")["null_text"]
-    torch.testing.assert_close(null_text, codec.encode_text([codec.negative_prompt]))
+    torch.testing.assert_close(null_text, wan_codec.encode_text([WanCodec.negative_prompt]))
 
 
 def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkeypatch, capsys):
@@ -206,6 +208,37 @@ def test_each_epoch_has_every_sample_once_whatever_the_batches(shards):
     assert [data.batch([i])[2][0] for i in (11, 3, 7)] == [whole[i] for i in (11, 3, 7)]
     latents, text, _ = data.batch([0, 1])
     assert latents.shape == (2, *data.latent_shape) and latents.dtype == text.dtype == torch.float32
+
+
+def test_training_never_holds_a_text_encoder_and_the_vae_only_for_pictures(
+        wan, shards, tmp_path, monkeypatch):
+    vaes, load_vae = [], codec.load_vae
+
+    def remembered(path):
+        vae = load_vae(path)
+        vaes.append(weakref.ref(vae))
+        return vae
+
+    monkeypatch.setattr(codec, "load_vae", remembered)
+    monkeypatch.setattr(codec, "load_text_encoder", None)
+    assert train.main(["distill", "--model", str(wan), "--data", str(shards), "--batch-size", "1",
+                       "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert len(vaes) == 1 and vaes[0]() is None
+    assert (tmp_path / "samples" / "000002.png").exists()
+    times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert all(0 <= line["waited"] < 0.2 * line["seconds"] for line in times[1:])
+
+
+def test_prompts_alone_serve_distribution_matching(wan, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    assert run(wan, tmp_path / "text", "--captions", tmp_path / "prompts.txt") == 0
+    args = ["distill", "--model", str(wan), "--data", str(tmp_path / "text"), "--steps", "1",
+            "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert "--lambda-reg 0" in complaint(capsys, train.main(args))
+    assert train.main([*args, "--lambda-reg", "0"]) == 0
+    line = complaint(capsys, train.main(["interpolator", "--data", str(tmp_path / "text"),
+                                         "--out", str(tmp_path / "net"), "--device", "cpu"]))
+    assert "no videos" in line
 
 
 @pytest.mark.parametrize("breaks, says", [

@@ -124,6 +124,13 @@ def test_averaged_weights_follow_the_students(toy_folder, one, tmp_path):
                and not torch.equal(kept[n], teacher[n].float()) for n in kept)
 
 
+def test_a_student_may_start_elsewhere(toy_folder, one, tmp_path):
+    out = distill(toy_folder, tmp_path / "run", "--init-student", one, "--lr", 0, steps=1)
+    for name, p in WanModel.from_pretrained(one).state_dict().items():
+        assert torch.equal(p, state(out)["student." + name])
+        assert torch.equal(p, WanModel.from_pretrained(out).state_dict()[name])
+
+
 def test_recomputed_blocks_change_nothing(toy_folder, one, tmp_path):
     out = distill(toy_folder, tmp_path / "run", "--gradient-checkpointing", True)
     assert same(one, out, toy_folder)

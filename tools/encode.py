@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 -m tools.encode ...          a share for each GPU
 
 The same command again goes on where it stopped. What cannot be used is listed, with the reason, in
-skipped.jsonl. Without --videos, prompts alone are encoded: for distribution matching they are enough.
+skipped.jsonl. Without --videos, prompts alone are encoded: enough for distribution matching.
 """
 
 import csv
