@@ -142,7 +142,36 @@ def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkey
     assert len(reads) == before and "8 encoded" in capsys.readouterr().out
 
     line = complaint(capsys, run(wan, tmp_path, "--videos", clips, "--fps", 8))
-    assert "other settings" in line
+    assert "other settings (fps was 16, now 8)" in line
+    (tmp_path / "bench.txt").write_text("A pattern, take ok-3.mp4!")
+    line = complaint(capsys, run(wan, tmp_path, "--videos", clips, "--exclude-prompts",
+                                 tmp_path / "bench.txt"))
+    assert "1 of its samples" in line and "ok-3.mp4" in line  # it is in the shards already
+
+
+def test_what_a_kill_leaves_behind_is_done_again(wan, clips, shards, tmp_path):
+    (tmp_path / "shard-000-00000.safetensors.part").write_bytes(b"half a shard")
+    (tmp_path / "broken-000.jsonl").write_text('{"video": "ok-0.mp4", "rea')
+    assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
+    assert rows(tmp_path).keys() == rows(shards).keys()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_too_short_for_one_length_is_tried_at_another(wan, clips, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    for name in ("ok-0.mp4", "ok-0.txt"):  # links, as the hub's cache has them
+        (tmp_path / "clips" / name).symlink_to(clips / name)
+    args = ["--videos", tmp_path / "clips"]
+    line = complaint(capsys, run(wan, tmp_path / "out", *args, "--frames", 9))
+    assert "nothing could be encoded" in line
+    assert run(wan, tmp_path / "out", *args) == 0 and len(rows(tmp_path / "out")) == 1
+
+
+def test_latents_that_are_not_finite_are_left_out(wan, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(WanCodec, "encode", lambda self, video: torch.full(
+        (1, 16, 2, 4, 6), 1e6))  # more than float16 holds
+    assert "nothing could" in complaint(capsys, run(wan, tmp_path, "--videos", clips / "more"))
+    assert "not finite" in (tmp_path / "skipped.jsonl").read_text()
 
 
 def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
@@ -161,7 +190,7 @@ def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, caps
     jsonl.write_text("".join(json.dumps({"video": v, "caption": c}) + "\n"
                              for v, c in entries.items()))
     table.write_text("video,caption\n" + "".join(f'{v},"{c}"\n' for v, c in entries.items()))
-    (tmp_path / "bench.txt").write_text("a cat walks on green grass\nA boat.\nbird\n")
+    (tmp_path / "bench.txt").write_text("a cat walks on green grass\n“A boat…”\nbird\n")
     for file in (jsonl, table):
         out = tmp_path / file.suffix[1:]
         capsys.readouterr()
@@ -179,11 +208,25 @@ def test_prompts_alone(wan, tmp_path):
     assert not data.has_videos and not latents.any() and latents.shape == (2, 16, 2, 4, 6)
     assert sorted(prompts) == ["a cat", "a dog that runs"] and text.any()
 
+    (tmp_path / "prompts.txt").write_text("a bird\na cat\na dog that runs\n")
+    assert run(wan, tmp_path / "out", "--captions", tmp_path / "prompts.txt") == 0
+    prompts = Shards(tmp_path / "out", 0).batch(range(3))[2]
+    assert sorted(prompts) == ["a bird", "a cat", "a dog that runs"]
+
+
+def test_captions_may_hold_any_kind_of_line_break(tmp_path):
+    (tmp_path / "a.csv").write_text('video,caption\nx.mp4,"one\ntwo\u2028three"\n')
+    (tmp_path / "a.jsonl").write_text('{"video": "x.mp4", "caption": "one two\u2028three"}\n')
+    for name in ("a.csv", "a.jsonl"):
+        assert encode.read_captions(tmp_path / name) == {"x.mp4": "one two three"}
+
 
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"video": "x"}\n', "entry 1"), ("a.jsonl", b"{bad\n", "entry 1"),
     ("a.csv", b"file,text\na,b\n", "entry 1"), ("a.csv", b"\xff\xfe\x00", "UTF-8"),
-    ("a.txt", b"", "no prompts"),
+    ("a.txt", b"", "no prompts"), ("a.txt", b"a cat\n", "leave out --videos"),
+    ("a.csv", b'video,caption\nx,"' + 140_000 * b"x" + b'"\n', "entry 1"),
+    ("a.csv", b"video,caption\nx,a\nx,b\n", "'x' is in it twice"),
 ])
 def test_bad_captions_get_one_line(name, content, says, wan, clips, tmp_path, capsys):
     (tmp_path / name).write_bytes(content)
@@ -247,7 +290,14 @@ def test_prompts_alone_serve_distribution_matching(wan, tmp_path, capsys):
     (lambda d: (d / "index.json").write_text('{"shards": []}'), "index.json"),
     (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
         "shard-000-00001", "../shard")), "../shard"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        '"count": 3', '"count": 2')), "shard-000-00000"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        '"shard-000-00001.safetensors"', "7")), "index.json: 7 is not the name"),
     (lambda d: (d / "null_text.safetensors").write_bytes(b""), "null_text"),
+    (lambda d: save_file({"x": torch.zeros(1)}, d / "null_text.safetensors"), "null_text"),
+    (lambda d: save_file({"null_text": torch.zeros(1, 2)}, d / "null_text.safetensors"),
+     "null_text"),
     (lambda d: (d / "shard-000-00000.safetensors").write_bytes(b"x" * 99), "shard-000-00000"),
     (lambda d: save_file({"text": torch.zeros(3, 1, 32)}, d / "shard-000-00000.safetensors"),
      "shard-000-00000"),

@@ -6,6 +6,7 @@ and resuming.
 
 import json
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,12 +54,31 @@ class Shards:
             raise ValueError(f"{file}: not an index of tools.encode ({error!r})") from None
         if not self.items:
             raise ValueError(f"{file}: there is nothing in these shards")
-        for name in {name for name, _ in self.items}:
-            if Path(name).name != name or not (self.folder / name).is_file():
+        [null_shape] = self.shapes("null_text.safetensors", "null_text")
+        for name, count in Counter(name for name, _ in self.items).items():
+            if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{file}: {name!r} is not the name of a file beside it")
+            text, *latents = self.shapes(name, "text", *["latents"] * self.has_videos)
+            if [text[0], *text[2:]] != [count, null_shape[2]] or any(
+                    shape != [count, *self.latent_shape] for shape in latents):
+                raise ValueError(f"{self.folder / name}: does not hold what {INDEX} says; its "
+                                 f"text is {text}" + "".join(f", latents {x}" for x in latents))
         with checkpoint.open_weights(self.folder / "null_text.safetensors") as tensors:
             self.null_text = tensors.get_tensor("null_text").float()
         self.orders = {}
+
+    def shapes(self, name, *tensors):
+        """Of a file's tensors. ValueError where it is not there, or lacks one."""
+        file = self.folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; copy the whole folder, or encode it again")
+        with checkpoint.open_weights(file) as shard:
+            if missing := set(tensors) - set(shard.keys()):
+                raise ValueError(f"{file}: has no tensor {missing.pop()!r}")
+            shapes = [shard.get_slice(tensor).get_shape() for tensor in tensors]
+        if len(shapes[0]) != 3:
+            raise ValueError(f"{file}: its {tensors[0]} is {shapes[0]}, not b l d")
+        return shapes
 
     def item(self, number):
         """Latents, text and prompt of a sample."""

@@ -5,17 +5,21 @@
     torchrun --nproc_per_node 8 -m tools.encode ...          a share for each GPU
 
 The same command again goes on where it stopped. What cannot be used is listed, with the reason, in
-skipped.jsonl. Without --videos, prompts alone are encoded: enough for distribution matching.
+skipped.jsonl (to try broken videos once more, delete broken-*.jsonl). Without --videos, prompts
+alone are encoded: enough for distribution matching.
 """
 
 import csv
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +82,10 @@ def main(argv=None):
 
 def run(args):
     device = start(args.device)
-    items, left_out = find_items(args)
+    # Some ranks may be done hours before others, and barriers give up after 10 to 30 minutes.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if ranks() > 1 else None
+    repeats = exclusion(args.exclude_prompts)
+    items, left_out = find_items(args, repeats)
     config = WanModel.from_pretrained(args.model, device="meta").config
     codec = open_codec(args.model, config, args.codec, device=device,
                        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
@@ -88,15 +95,23 @@ def run(args):
     size = ((shape[1] - 1) * codec.time_factor + 1, *(n * codec.space_factor for n in shape[2:]))
     null_prompt = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
     has_videos = args.videos is not None
-    settings = json.dumps({"latent_shape": shape, "has_videos": has_videos, "fps": args.fps,
-                           "text_dim": config.text_dim, "null_prompt": null_prompt})
+    settings = {"latent_shape": list(shape), "has_videos": has_videos, "fps": args.fps,
+                "text_dim": config.text_dim, "null_prompt": null_prompt}
     if has_videos:
         codec.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
 
     shards, broken = what_is_done(args.out, settings)
-    done = {name for names in shards.values() for name in names} | set(broken)
-    mine = [item for item in list(items.items())[rank()::ranks()] if item[0] not in done]
+    done = {name: caption for captions in shards.values() for name, caption in captions.items()}
+    stale = [name for name, caption in done.items()
+             if repeats(caption) or items.get(name, caption) != caption]
+    if stale:
+        raise ValueError(f"{args.out}: {len(stale)} of its samples now have another caption, or an "
+                         f"excluded one, such as {stale[0]!r}; choose another --out")
+    todo = [item for item in items.items() if item[0] not in done and item[0] not in broken]
+    if group:
+        dist.barrier(group)  # all have looked before the first one writes
+    mine = todo[rank()::ranks()]
     fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
     log, pending = args.out / f"broken-{rank():03}.jsonl", []
     bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
@@ -106,9 +121,12 @@ def run(args):
             for i, (name, caption) in enumerate(bar):
                 try:
                     latents = codec.encode(fetch(i)[None])[0].half().cpu() if has_videos else None
+                    if has_videos and not latents.isfinite().all():
+                        raise ValueError("its latents are not finite")
                 except ValueError as error:
+                    entry = {"video": name, "reason": str(error), "settings": settings}
                     with open(log, "a", encoding="utf-8") as file:
-                        print(json.dumps({"video": name, "reason": str(error)}), file=file)
+                        print(json.dumps(entry), file=file)
                     continue
                 pending.append((name, caption, encode(caption), latents))
                 if len(pending) == args.shard_size:
@@ -117,8 +135,8 @@ def run(args):
         finally:  # Ctrl-C loses nothing
             if pending:
                 write_shard(args.out, pending, settings)
-    if ranks() > 1:
-        dist.barrier()
+    if group:
+        dist.barrier(group)
     if rank() == 0:
         finish(args.out, settings, items, left_out, null_text)
 
@@ -128,8 +146,11 @@ def run(args):
 # ---------------------------------------------------------------------------------------------
 
 
-def find_items(args):
-    """{name: caption} to encode, and {name: reason} of what is left out."""
+def find_items(args, repeats):
+    """{name: caption} to encode, and {name: reason} of what is left out. A prompt is its own name.
+
+    repeats: tells of a caption whether it is excluded.
+    """
     captions = read_captions(args.captions) if args.captions else {}
     if args.videos is None:
         if not captions:
@@ -138,57 +159,69 @@ def find_items(args):
     else:
         if not args.videos.is_dir():
             raise ValueError(f"{args.videos}: no such folder")
-        there = sorted(str(f.relative_to(args.videos)) for f in args.videos.rglob("*")
+        if args.captions and args.captions.suffix == ".txt":
+            raise ValueError(f"{args.captions}: has prompts alone, so leave out --videos; or give "
+                             f".jsonl or .csv, which say which video each caption is of")
+        there = sorted(f.relative_to(args.videos).as_posix() for f in args.videos.rglob("*")
                        if f.suffix.lower() in SUFFIXES)
         if not args.captions:
             captions = {name: sidecar(args.videos / name) for name in there}
         names = list(dict.fromkeys([*there, *captions]))
         if not names:
             raise ValueError(f"{args.videos}: no videos in it ({', '.join(sorted(SUFFIXES))})")
-    excluded = read_prompts(args.exclude_prompts) if args.exclude_prompts else []
-    excluded = {plain(prompt) for prompt in excluded}
-    long_ones = [prompt for prompt in excluded if prompt.count(" ") >= 3]
 
     items, left_out = {}, {}
     for name in names:
         caption = captions.get(name)
-        if args.videos and not is_inside(args.videos / name, args.videos):
+        if args.videos and (".." in Path(name).parts or Path(name).is_absolute()
+                            or not (args.videos / name).is_file()):
             left_out[name] = "no such file in the folder"
         elif not caption:
             left_out[name] = "no caption"
-        elif plain(caption) in excluded or any(p in plain(caption) for p in long_ones):
+        elif repeats(caption):
             left_out[name] = "its caption is among the excluded prompts"
         else:
             items[name] = caption
     return items, left_out
 
 
-def is_inside(file, folder):
-    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+def exclusion(file):
+    """A function that tells of a caption whether it equals one of the file's prompts, or contains
+    one of four words or more."""
+    prompts = {plain(prompt) for prompt in read_prompts(file)} if file else set()
+    long_ones = [prompt for prompt in prompts if prompt.count(" ") >= 3]
+
+    def repeats(caption):
+        caption = plain(caption)
+        return caption in prompts or any(prompt in caption for prompt in long_ones)
+
+    return repeats
 
 
 def plain(text):
     """For comparing: lower case, single spaces, no punctuation at the ends."""
-    return " ".join(text.lower().split()).strip(" .,;:!?\"'")
+    return re.sub(r"^\W+|\W+$", "", " ".join(text.lower().split()))
 
 
 def read_captions(file):
-    """{video: caption}; of a .txt, {number of the line: prompt}. ValueError names a bad line."""
+    """{video: caption}, or for a .txt {prompt: prompt}. ValueError names a bad line."""
     if file.suffix == ".txt":
-        return {f"{i:08}": prompt for i, prompt in enumerate(read_prompts(file))}
+        return {prompt: prompt for prompt in read_prompts(file)}
+    captions = {}
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        # Not splitlines(), which also splits at what captions contain, such as U+2028.
+        text = io.StringIO(file.read_text(encoding="utf-8-sig"), newline="")
+        rows = csv.DictReader(text) if file.suffix == ".csv" else (
+            json.loads(line) for line in text if line.strip())
+        for row in rows:
+            video, caption = str(row["video"]), " ".join(str(row["caption"] or "").split())
+            if video in captions:
+                raise ValueError(f"{file}: {video!r} is in it twice")
+            captions[video] = caption
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file in UTF-8") from None
-    captions = {}
-    rows = csv.DictReader(text.splitlines()) if file.suffix == ".csv" else (
-        line for line in text.splitlines() if line.strip())
-    for number, row in enumerate(rows, 1):
-        try:
-            row = row if isinstance(row, dict) else json.loads(row)
-            captions[str(row["video"])] = str(row["caption"] or "").strip()
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{file}: entry {number} has no video and caption") from None
+    except (json.JSONDecodeError, csv.Error, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{file}: entry {len(captions) + 1} has no video and caption") from None
     return captions
 
 
@@ -209,15 +242,20 @@ def read_video(file, frames, height, width, fps):
         "-vf", f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
                f"crop={width}:{height}",
         "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"not decoded within {TIMEOUT} s") from None
+    with tempfile.TemporaryFile() as complaints:  # of a damaged file, they may have no end
+        try:
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=complaints,
+                                    timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"not decoded within {TIMEOUT} s") from None
+        complaints.seek(0)
+        said = complaints.read(1000).decode(errors="replace")
     count = len(result.stdout) // (height * width * 3)
     if count < frames:
-        said = [re.sub(r"^\[.*?\] ", "", line) for line in
-                result.stderr.decode(errors="replace").splitlines() if line.strip()]
-        why = f" ({said[0].replace(f'file:{file.resolve()}', 'it')[:120]})" if said else ""
+        if "matches no streams" in said:
+            raise ValueError("no video in it")
+        said = re.sub(r"^\[.*?\] ", "", said.partition("\n")[0])
+        why = f" ({said.replace(f'file:{file.resolve()}', 'it')[:120]})" if said else ""
         raise ValueError(f"{count} of {frames} frames at {fps} fps{why}")
     video = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
     return rearrange(video, "(f h w c) -> c f h w", f=frames, h=height, w=width).float() / 255
@@ -237,26 +275,30 @@ def write_shard(out, rows, settings):
     number = 0
     while (file := out / f"shard-{rank():03}-{number:05}.safetensors").exists():
         number += 1
-    save_file(tensors, f"{file}.part", {"settings": settings, "videos": json.dumps(names),
-                                        "prompts": json.dumps(captions)})
+    about = {"settings": settings, "videos": names, "prompts": captions}
+    save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in about.items()})
     os.replace(f"{file}.part", file)
 
 
 def what_is_done(out, settings):
-    """{shard: names} and {name: reason} of the broken, from earlier runs on any number of ranks."""
+    """{shard: {name: caption}} and {name: reason} of the broken, from earlier runs of any ranks."""
     shards, broken = {}, {}
     for file in sorted(out.glob("shard-*.safetensors")):
         with checkpoint.open_weights(file) as shard:
             about = shard.metadata() or {}
-        if about.get("settings") != settings:
-            raise ValueError(f"{file}: was encoded with other settings ({about.get('settings')}); "
+        then = checkpoint.read_json(file, about.get("settings", "{}"))
+        changed = [f"{k} was {str(then.get(k)):.60}, now {str(settings[k]):.60}"
+                   for k in settings if then.get(k) != settings[k]]
+        if changed:
+            raise ValueError(f"{file}: was encoded with other settings ({'; '.join(changed)}); "
                              f"repeat them, or choose another --out")
-        shards[file.name] = json.loads(about["videos"])
+        shards[file.name] = dict(zip(json.loads(about["videos"]), json.loads(about["prompts"])))
     for file in sorted(out.glob("broken-*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-                broken[entry["video"]] = entry["reason"]
+                if entry["settings"] == settings:  # too short for others may be enough for these
+                    broken[entry["video"]] = entry["reason"]
             except (ValueError, KeyError, TypeError):
                 pass  # the line that an interruption cut: its video is tried again
     return shards, broken
@@ -268,8 +310,10 @@ def finish(out, settings, items, left_out, null_text):
     skipped = {name: why for name, why in broken.items() if name in items} | left_out
     lines = (json.dumps({"video": name, "reason": why}) + "\n" for name, why in skipped.items())
     (out / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    if not shards:
+        raise ValueError(f"{out}: nothing could be encoded; see why in its skipped.jsonl")
     save_file({"null_text": null_text.contiguous()}, out / "null_text.safetensors")
-    index = json.loads(settings) | {
+    index = settings | {
         "shards": [{"file": file, "count": len(names)} for file, names in shards.items()]}
     (out / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     os.replace(out / f"{INDEX}.part", out / INDEX)
