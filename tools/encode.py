@@ -71,7 +71,7 @@ class Encode:
     shard_size: int = 64
     """videos in a shard, and what an interruption loses at most"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the text encoder; auto is what its file has"""
+    """of the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere what its file has"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
 
@@ -87,8 +87,9 @@ def run(args):
     repeats = exclusion(args.exclude_prompts)
     items, left_out = find_items(args, repeats)
     config = WanModel.from_pretrained(args.model, device="meta").config
-    codec = open_codec(args.model, config, args.codec, device=device,
-                       dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" else None}[args.dtype]
+    codec = open_codec(args.model, config, args.codec, device=device, dtype=dtype)
     if isinstance(codec, ToyCodec):
         raise ValueError(f"{args.model}: the toy needs no shards; its videos are made as it trains")
     shape = codec.latent_shape(args.frames, args.height, args.width)
