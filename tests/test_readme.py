@@ -15,11 +15,14 @@ import torch
 
 import adavid
 import sample
+import train
 from tests import miniature_wan
 from tiny_wan import WanModel
-from tools import export
+from tools import encode, export, plan
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.encode": encode.main,
+            "tools.export": export.main, "tools.plan": plan.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}
@@ -58,11 +61,10 @@ def folder(tmp_path_factory):
 
 def test_sampling_and_export(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    programs = {"sample.py": sample.main, "tools.export": export.main}
     seen = []
     for _, program, args in commands("Wan2.1"):
         if program:
-            assert programs[program](args) == 0, args
+            assert PROGRAMS[program](args) == 0, args
             seen.append(program)
     assert seen == ["sample.py"] * 3 + ["tools.export"]
     video = iio.imread("runs/samples/A cat walks on the grass, realistic-0.mp4")
@@ -74,7 +76,7 @@ def test_sampling_and_export(folder, monkeypatch):
     assert Path("runs/exported/interpolator.safetensors").exists()
 
 
-def test_training_from_videos_to_a_student(tmp_path, monkeypatch):
+def test_training_from_videos_to_a_student(tmp_path, monkeypatch, capsys):
     """Videos, shards, interpolator, distillation on two ranks and with LoRA, samples."""
     monkeypatch.chdir(tmp_path)
     miniature_wan.make(tmp_path / "Wan2.1-T2V-1.3B", "original")
@@ -93,17 +95,19 @@ def test_training_from_videos_to_a_student(tmp_path, monkeypatch):
         if program is None:
             assert start[0] == "cp"
             shutil.copy(*start[1:])
+        elif not start[0].endswith("torchrun"):
+            assert PROGRAMS[program](args) == 0, args
+            seen.append(program)
+            said = capsys.readouterr().out
+            if program == "tools.encode":
+                assert "4 encoded" in said and "1: its caption" in said
         elif "--nnodes" not in start:  # of which there is one here
-            python = [sys.executable]
-            if start[0].endswith("torchrun"):
-                python += ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
             script = ["-m", program] if program.startswith("tools.") else [ROOT / program]
-            result = subprocess.run([str(a) for a in (*python, *script, *args)], env=env,
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+            result = subprocess.run([str(a) for a in (*command, *script, *args)], env=env,
                                     capture_output=True, text=True, timeout=200)
             assert result.returncode == 0, (args, result.stderr)
             seen.append(program)
-            if program == "tools.encode":
-                assert "4 encoded" in result.stdout and "1: its caption" in result.stdout
     assert seen == ["tools.plan"] * 3 + ["tools.encode"] * 2 + ["train.py"] * 3 + [
         "tools.export", "sample.py"]
     log = [json.loads(line) for line in open("runs/student/metrics.jsonl")]

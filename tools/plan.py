@@ -1,13 +1,13 @@
-"""What distilling or sampling a model will cost: FLOPs, memory and hours, before there is a GPU.
+"""What distilling or sampling a model will cost, in FLOPs, memory and hours, before there is a GPU.
 
     python -m tools.plan distill --preset wan-14b --gpus 24
     python -m tools.plan distill --preset wan-1.3b --lora 64
     python -m tools.plan sample --preset wan-1.3b
-    python -m tools.plan tables                             the README's two tables
+    python -m tools.plan tables                             the README's two
 
 Nothing is allocated, and nothing is measured: the very functions that training and sampling call
-run on PyTorch's meta device, whose tensors have a shape but no content, and every matrix product
-and every live byte is counted. One block is like another, so shallow models tell of deep ones.
+run on PyTorch's meta device, whose tensors have a shape and no content, while every matrix product
+and every live byte is counted. One block is like another: shallow models tell of deep ones.
 """
 
 import math
@@ -111,17 +111,17 @@ class Meter(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if formula := flop_registry.get(op.overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        made = self.storages(out)
-        if not made.keys() <= self.alive:
-            for key in made.keys() - self.alive - self.storages((args, kwargs)).keys():
+        new = self.storages(out)
+        if new.keys() - self.alive:
+            for key in new.keys() - self.alive - self.storages((args, kwargs)).keys():
                 self.alive.add(key)
-                self.bytes += made[key].nbytes()
-                weakref.finalize(made[key], self.free, key, made[key].nbytes())
+                self.bytes += new[key].nbytes()
+                weakref.finalize(new[key], self.free, key, new[key].nbytes())
             self.peak = max(self.peak, self.bytes)
         return out
 
     def storages(self, tree):
-        """Those of the meta tensors in `tree`, by identity: a view shares its base's."""
+        """Of the meta tensors in `tree`, by identity: a view shares its base's."""
         storages = (t.untyped_storage() for t in tree_leaves(tree)
                     if isinstance(t, torch.Tensor) and t.is_meta)
         return {storage._cdata: storage for storage in storages}
@@ -132,10 +132,10 @@ class Meter(TorchDispatchMode):
 
 
 def flash_attention(q, k, v):
-    """What a GPU runs: of the l x l scores it keeps one number a row, and no matrix.
+    """What GPUs run. Of the l x l scores, it keeps no more than a number for each row.
 
-    On the meta device PyTorch picks its plain attention, which saves that matrix for backward.
-    FLOPs are 4 l l d forward, and 2.5 times that backward: flash attention scores anew.
+    On the meta device PyTorch would take its plain attention, which saves that matrix for backward.
+    FLOPs are 4 l l d forward, and 2.5 times that backward, where scores are computed again.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
@@ -154,13 +154,13 @@ def count(function):
 
 
 def at_full_depth(config, counted, depth=1):
-    """What `counted(config)` would be, from models of `depth` and one more blocks: it is linear."""
+    """What `counted(config)` would be, from `depth` and one more blocks: each adds the same."""
     low, high = (counted(replace(config, num_layers=n)) for n in (depth, depth + 1))
     return low + (config.num_layers - depth) * (high - low)
 
 
 def build(config):
-    """A model as it computes on a GPU, in bfloat16 but for what Wan computes in float32."""
+    """A model as it computes on a GPU: in bfloat16, but for what Wan computes in float32."""
     with torch.device("meta"):
         model = WanModel(config).bfloat16()
     for name, p in model.named_parameters():
@@ -170,7 +170,7 @@ def build(config):
 
 
 def inputs(config, shape, batch_size):
-    """A batch of latents, and of text."""
+    """Latents and text."""
     with torch.device("meta"):
         return (torch.empty(batch_size, *shape),
                 torch.empty(batch_size, config.text_len, config.text_dim))
@@ -179,9 +179,10 @@ def inputs(config, shape, batch_size):
 def count_cycle(config, shape, batch_size=1, lora=0):
     """A cycle on one GPU, without and with checkpointing: `[FLOPs, kept bytes, working bytes]`.
 
-    The bytes are those of activations in the student's update. Kept for backward are those of its
-    two graphs, of its own video and of the regression; a block's backward works in the others,
-    counted in the critic's update, as in two graphs plain autograd, but not FSDP, hoards gradients.
+    Kept for backward is what the two graphs of the student's update need: its own video's and the
+    regression's. What backward works in is counted in the critic's update, which has one graph: in
+    two, autograd hoards gradients of weights, and FSDP does not. All this is a little too much on
+    the meta device, where RMSNorm is several operations, on GPUs one.
     """
     def counted(config):
         if lora:
@@ -195,28 +196,27 @@ def count_cycle(config, shape, batch_size=1, lora=0):
             teacher.requires_grad_(False)
             learning = [student, critic]
         for p in (p for model in learning for p in model.parameters() if p.requires_grad):
-            # Weights' gradients are no activations; `memory` has them.
+            # Gradients of weights are no activations; `memory` has them.
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         cache = adavid.LossMeanCache(len(AVD.timesteps)).to("meta")
         real, text = inputs(config, shape, batch_size)
 
-        def rollout(step):
-            with torch.no_grad():
-                return count(lambda: adavid.backward_simulation(student, real, text, step, AVD))[0]
-
-        # All steps are equally likely, and each adds one forward. The first is counted before any
-        # memory is: it makes the RoPE table, which stays.
-        first, last = rollout(0), rollout(len(AVD.timesteps) - 1)
-        mean = (first + last) / 2
+        # Rollouts to each of the steps are equally likely, and each step adds one forward. They are
+        # counted before memory is, as the first forward makes the RoPE table, which stays.
+        with torch.no_grad():
+            first, last = (count(lambda: adavid.backward_simulation(
+                student, real, text, step, AVD))[0] for step in (0, len(AVD.timesteps) - 1))
+        rollout = (first + last) / 2
         costs = []
         for checkpointing in (False, True):
             for model in learning:
                 model.gradient_checkpointing = checkpointing
-            flops, kept, peak = count(lambda: adavid.critic_loss(critic, real, text, AVD))
-            student_flops, student_kept, _ = count(lambda: adavid.student_loss(
+            critic_flops, critic_kept, peak = count(
+                lambda: adavid.critic_loss(critic, real, text, AVD))
+            student_flops, kept, _ = count(lambda: adavid.student_loss(
                 student, teacher, critic, cache, real, text, text, 0, AVD)[0])
-            costs.append([AVD.critic_updates * (mean + flops) + mean - first + student_flops,
-                          student_kept, peak - kept])
+            flops = AVD.critic_updates * (rollout + critic_flops) + student_flops + rollout - first
+            costs.append([flops, kept, peak - critic_kept])
         return np.array(costs)
 
     # LoRA's backward ends within the first block, which is therefore unlike the others.
@@ -224,23 +224,48 @@ def count_cycle(config, shape, batch_size=1, lora=0):
 
 
 def count_samplers(config, shape, batch_size=1):
-    """FLOPs of a forward at full and at half rate, of the student's four steps at full rate and
-    decoupled, of one guided step of the teacher; and bytes of a forward's activations."""
+    """FLOPs of six things that samplers do, and the peak bytes of activations of a forward."""
     def counted(config):
         model = build(config).requires_grad_(False)
         noise, text = inputs(config, shape, batch_size)
         with torch.device("meta"):
             t = torch.empty(batch_size)
-            interpolator = adavid.FrameInterpolator(shape[0], width=32)  # as train.py makes it
-        return np.array([
-            count(lambda: model(noise, t, text))[0],
-            count(lambda: model(noise[:, :, ::2], t, text, frame_stride=2))[0],
-            count(lambda: adavid.sample(model, noise, text, AVD))[0],
-            count(lambda: adavid.sample(model, noise, text, AVD, interpolator))[0],
-            count(lambda: adavid.sample_teacher(model, noise, text, text, steps=1))[0],
-            count(lambda: model(noise, t, text))[2]])
+            interpolator = adavid.FrameInterpolator(shape[0], width=32)  # train.py's default
+        costs = [count(function) for function in (
+            lambda: adavid.sample(model, noise, text, AVD, interpolator),
+            lambda: adavid.sample(model, noise, text, AVD),
+            lambda: adavid.sample_teacher(model, noise, text, text, steps=1),
+            lambda: model(noise[:, :, ::2], t, text, frame_stride=2),
+            lambda: model(noise, t, text))]
+        return np.array([flops for flops, _, _ in costs] + [costs[-1][2]])
 
     return at_full_depth(config, counted)
+
+
+def memory(config, gpus=1, lora=0):
+    """Bytes on each GPU of all but activations, by component.
+
+    Student and critic take turns: the gradients of one are gone before the other's come.
+    """
+    model = build(config)
+    total, block = parameters(model), parameters(model.blocks[0])
+    if lora:
+        adapter = config.num_layers * sum(p.numel() for p in adapted(
+            build(replace(config, num_layers=1)), lora, ("student",))[1].parameters())
+        return {"weights: one frozen base, bfloat16": sum(p.nbytes for p in model.parameters()),
+                "weights: two adapters, float32": 2 * 4 * adapter,
+                "gradients of one adapter, float32": 4 * adapter,
+                "optimiser: AdamW's two moments for two adapters": 2 * 8 * adapter}
+    root = total - block * config.num_layers
+    return {"weights: teacher, student, critic, float32, sharded": 3 * 4 * total / gpus,
+            "gradients of one model, float32, sharded": 4 * total / gpus,
+            "optimiser: AdamW's two moments for two models, sharded": 2 * 8 * total / gpus,
+            # One block is at work and the next on its way; gradients go to their shards in float32.
+            "unsharded: root, two blocks, a block's gradients": 2 * root + 4 * block + 6 * block}
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,34 +273,8 @@ def count_samplers(config, shape, batch_size=1):
 # ---------------------------------------------------------------------------------------------
 
 
-def memory(config, gpus=1, lora=0):
-    """Bytes on each GPU, by component, of all but activations.
-
-    Student and critic take turns: one's gradients are gone before the other's come.
-    """
-    model = build(config)
-    total, block = parameters(model), parameters(model.blocks[0])
-    if lora:
-        adapter = config.num_layers * sum(p.numel() for p in adapted(
-            build(replace(config, num_layers=1)), lora, ("student",))[1].parameters())
-        return {"weights: one frozen base in bfloat16": sum(p.nbytes for p in model.parameters()),
-                "weights: two adapters in float32": 2 * 4 * adapter,
-                "gradients, float32": 4 * adapter,
-                "optimiser: AdamW's two moments of two adapters": 2 * 8 * adapter}
-    root = total - block * config.num_layers
-    return {"weights: teacher, student, critic in float32, sharded": 3 * 4 * total / gpus,
-            # One block is at work, the next one on its way; gradients leave in float32.
-            "gathered in bfloat16: root, two blocks; a block's gradients": 2 * root + 10 * block,
-            "gradients, float32, sharded": 4 * total / gpus,
-            "optimiser: AdamW's two moments of two models, sharded": 2 * 8 * total / gpus}
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def latent_shape(args):
-    """Of the videos. ValueError where they do not fit, or where another flag is out of range."""
+    """Of a video. ValueError where its sizes do not fit, or where another flag is out of range."""
     for name in ("tflops", "utilisation", "gpus", "accumulate", "videos", "updates", "memory"):
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
@@ -283,97 +282,103 @@ def latent_shape(args):
     if args.utilisation > 1:
         raise ValueError(f"--utilisation {args.utilisation}: must be at most 1")
     if getattr(args, "lora", 0) < 0:
-        raise ValueError(f"--lora {args.lora}: must be a rank, or 0 to train whole models")
+        raise ValueError(f"--lora {args.lora}: must be a rank, or 0 for whole models")
     codec = ToyCodec if args.preset == "tiny" else WanCodec
-    # Called on the class, which has the sizes: an instance would open Wan's files.
+    # Asked of the class, which has the sizes: an instance would open Wan's files.
     return codec.latent_shape(codec, args.frames, args.height, args.width, AVD.strides[0])
-
-
-def introduce(args, config, shape):
-    c, f, h, w = shape
-    full, half = (len(range(0, f, stride)) * h * w // math.prod(config.patch_size)
-                  for stride in (1, AVD.strides[0]))
-    print(f"{args.preset}: {parameters(build(config)) / 1e9:.3f} billion parameters\n"
-          f"a video: {c} x {f} x {h} x {w} latents, {full:,} tokens, {half:,} at half the "
-          f"frame rate\nCounted, not measured on any GPU; seconds are those at "
-          f"{args.utilisation:.0%} of {args.tflops:g} TFLOP/s.")
 
 
 def seconds(args, flops):
     return flops / (args.tflops * 1e12 * args.utilisation)
 
 
+def introduce(args, config, shape):
+    c, f, h, w = shape
+    full, half = (len(range(0, f, stride)) * h * w // math.prod(config.patch_size)
+                  for stride in (1, AVD.strides[0]))
+    print(f"{args.preset}, {parameters(build(config)) / 1e9:.3f} billion parameters\n"
+          f"a video: {c} x {f} x {h} x {w} latents, {full:,} tokens, {half:,} at half the frame "
+          f"rate\nCounted, not measured on a GPU; times are for {args.utilisation:.0%} of "
+          f"{args.tflops:g} TFLOP/s.")
+
+
+def plural(number, thing):
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def print_rows(title, rows):
     print(f"\n{title}")
     for name, value in rows.items():
-        print(f"{value:12,.3f}  {name}")
+        digits = np.format_float_positional(value, 4, fractional=False, trim="-")
+        print(f"{digits:>12}  {name}")
 
 
 def plan_distill(args):
     config, shape = PRESETS[args.preset], latent_shape(args)
-    (plain, *everything), (flops, *activations) = count_cycle(config, shape, args.batch_size,
-                                                              args.lora)
+    (plain, *all_activations), (flops, kept, working) = count_cycle(
+        config, shape, args.batch_size, args.lora)
     plain, flops = args.accumulate * plain, args.accumulate * flops
     parts = memory(config, args.gpus, args.lora) | {
-        "activations, with checkpointing": sum(activations)}
+        "activations kept for backward: inputs of blocks": kept,
+        "activations of the block that backward is in, recomputed": working}
     needed = sum(parts.values())
+    fit = "fits" if needed <= USABLE * args.memory * 1e9 else "does not fit"
     updates = args.updates or -(-args.videos // (args.gpus * args.batch_size * args.accumulate))
     hours = updates * seconds(args, flops) / 3600
+    gpus, videos = plural(args.gpus, "GPU"), args.accumulate * args.batch_size
+    trained = f"adapters of rank {args.lora}" if args.lora else f"whole models over {gpus}"
+    seen = "" if args.updates else f"{args.videos:,} videos, each seen once by the student: "
 
     introduce(args, config, shape)
     print_rows(
-        f"PFLOPs of a cycle on each GPU: {AVD.critic_updates} updates of the critic, then one of "
-        f"the student, each of {args.accumulate} x {args.batch_size} videos", {
-            "forwards and backwards, over rollouts of every length": plain / 1e15,
-            "again, as checkpointing recomputes each block in backward": (flops - plain) / 1e15,
-            f"in all, {seconds(args, flops):,.1f} seconds": flops / 1e15})
-    how = f"LoRA of rank {args.lora}" if args.lora else "whole models"
-    fits = "fits" if needed <= USABLE * args.memory * 1e9 else "does not fit"
+        f"PFLOPs on each GPU in a cycle of {AVD.critic_updates} critic updates and 1 student "
+        f"update, each of {plural(videos, 'video')}",
+        {"forwards and backwards": plain / 1e15,
+         "blocks recomputed in backward (activation checkpointing)": (flops - plain) / 1e15,
+         f"in all: {seconds(args, flops):,.1f} seconds": flops / 1e15})
     print_rows(
-        f"GB of memory on each of {args.gpus} GPUs, training {how}",
+        f"GB of memory on each GPU, training {trained}",
         {name: size / 1e9 for name, size in parts.items()}
-        | {f"in all, which {fits} {args.memory:g} GB (of which {USABLE:.0%} are taken as usable)":
-           needed / 1e9,
-           "activations without checkpointing": sum(everything) / 1e9})
-    seen = (f"{args.videos:,} real videos, each seen once by the student's updates: "
-            if args.updates is None else "")
-    print(f"\nThe recipe, on {args.gpus} GPUs\n  {seen}{updates:,} cycles\n  {hours:,.0f} hours, "
-          f"{args.gpus * hours:,.0f} GPU hours; waiting for data or other GPUs is not counted")
+        | {f"in all: {fit} {args.memory:g} GB, with {1 - USABLE:.0%} left to CUDA": needed / 1e9,
+           "activations without checkpointing": sum(all_activations) / 1e9})
+    print(f"\n{seen}{plural(updates, 'cycle')}\n"
+          f"{hours:12,.0f}  hours on {gpus}, if none waits for data or another GPU\n"
+          f"{args.gpus * hours:12,.0f}  GPU hours")
 
 
 def plan_sample(args):
     config, shape = PRESETS[args.preset], latent_shape(args)
-    full, half, four, decoupled, guided, activations = count_samplers(
+    decoupled, four, guided, half, full, activations = count_samplers(
         config, shape, args.batch_size)
     introduce(args, config, shape)
     steps = len(AVD.timesteps)
-    costs = {"one forward at the full frame rate": full,
-             f"one at half the frame rate: {half / full:.2f} of it": half,
-             f"student, {steps} steps at the full rate": four,
-             f"student, {steps} decoupled steps: {decoupled / four:.3f} of that": decoupled,
-             "teacher, 50 guided steps": 50 * guided}
-    print_rows(f"PFLOPs for {args.batch_size} videos at a time", {
-        f"{name}, {seconds(args, flops):,.2f} seconds": flops / 1e15
-        for name, flops in costs.items()})
-    weights = sum(p.nbytes for p in build(config).parameters())
-    print_rows("GB of memory; text encoder and VAE are not in this", {
-        "weights in bfloat16": weights / 1e9,
-        "activations of a forward at their peak, roughly": activations / 1e9})
+    rows = {"a forward at the full frame rate": full,
+            f"a forward at half the frame rate, {half / full:.2f} of that": half,
+            f"student, {steps} steps at the full rate": four,
+            f"student, {steps} decoupled steps, {decoupled / four:.3f} of that": decoupled,
+            "teacher, 50 guided steps": 50 * guided}
+    print_rows(f"PFLOPs for {plural(args.batch_size, 'video')}", {
+        f"{name}: {seconds(args, flops):,.3g} seconds": flops / 1e15
+        for name, flops in rows.items()})
+    print_rows("GB of memory, beside the text encoder and the VAE", {
+        "weights, bfloat16": sum(p.nbytes for p in build(config).parameters()) / 1e9,
+        "activations of a forward at their peak (an estimate)": activations / 1e9})
 
 
-def tables(args):
-    """Two markdown tables, for videos of Wan's own size and the flags' defaults."""
+def tables(_):
+    """Videos of Wan's own size, and the paper's 24 of them in each update."""
     for preset, name in (("wan-1.3b", "Wan2.1-1.3B"), ("wan-14b", "Wan2.1-14B")):
-        print(f"\n| {name} | GPUs | GB on each | smallest card | PFLOPs of a cycle | hours |\n"
-              "|---|---|---|---|---|---|")
-        for lora, how in ((0, "whole models"), (64, "LoRA of rank 64")):
+        print(f"\n| {name} | GPUs | GB on each | smallest card | PFLOPs of a cycle, on each "
+              "| hours |\n|---|---|---|---|---|---|")
+        for lora, how in ((0, "whole models"), (64, "LoRA, rank 64")):
             args = Distill(preset, lora=lora)
             _, (flops, *activations) = count_cycle(PRESETS[preset], latent_shape(args), lora=lora)
             for gpus in (1, 8, 24):
-                needed = sum(activations) + sum(memory(PRESETS[preset], gpus, lora).values())
+                needed = sum(memory(PRESETS[preset], gpus, lora).values()) + sum(activations)
                 card = next((f"{gb} GB" for gb in CARDS if needed <= USABLE * gb * 1e9), "none")
-                hours = args.videos / gpus * seconds(args, flops) / 3600
-                print(f"| {how} | {gpus} | {needed / 1e9:.1f} | {card} | {flops / 1e15:.1f} "
+                cycle = 24 // gpus * flops
+                hours = args.videos / 24 * seconds(args, cycle) / 3600
+                print(f"| {how} | {gpus} | {needed / 1e9:.1f} | {card} | {cycle / 1e15:,.0f} "
                       f"| {hours:,.0f} |")
 
 
