@@ -338,9 +338,8 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
     What training shows the student is what sampling will show it. It stops at `step`, the only one
     with gradients, which flow through the interpolator too where that step runs at a lower rate.
     """
-    until = step + 1
-    return few_steps(student, noise, text, config.timesteps[:until], config.train_strides[:until],
-                     interpolator, generator)
+    return few_steps(student, noise, text, config.timesteps[:step + 1],
+                     config.train_strides[:step + 1], interpolator, generator)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,10 +347,11 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
 # ---------------------------------------------------------------------------------------------
 
 
-def student_loss(student, teacher, critic, cache, real, text, null_text, step, config,
-                 interpolator=None, generator=None):
-    """The student's loss on one batch, and a dict of its detached parts.
+def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
+                   interpolator=None, generator=None):
+    """The two terms of the loss on one batch, in turn, each with a dict of its detached parts.
 
+    A backward on each as it comes leaves the activations of only one at a time in memory.
     real: real videos `[b, c, f, h, w]` with the embeddings `text` of their prompts.
     step: number of the step to train, the same for the whole batch and on every rank.
     cache: a LossMeanCache, updated here. To skip the update, load its old state_dict again.
@@ -360,17 +360,17 @@ def student_loss(student, teacher, critic, cache, real, text, null_text, step, c
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
     kl = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
     temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
-    loss = kl + config.lambda_temp * temp
-    parts = {"kl": kl, "temp": temp, "variance": kernels.temporal_variance(x0.detach()).mean()}
+    variance = kernels.temporal_variance(x0.detach()).mean()
+    yield kl + config.lambda_temp * temp, {
+        "kl": kl.detach(), "temp": temp.detach(), "variance": variance}
 
     if config.lambda_reg:
         strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)
         steps = draw_regression_steps(real, step, strides, generator)
         reg = regression_loss(student, real, text, steps, config, strides[step], generator)
         weight = cache(steps, reg.detach())
-        loss = loss + config.lambda_reg * (weight * reg).mean()
-        parts |= {"reg": reg, "weight": weight, "reg_step": steps}
-    return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
+        yield config.lambda_reg * (weight * reg).mean(), {
+            "reg": reg.detach(), "weight": weight, "reg_step": steps}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -308,10 +308,13 @@ def distill(args):
         means, parts = copy.deepcopy(cache.state_dict()), []
         for real, text, step, generator in batches(number):
             cache.load_state_dict(means)  # all of an update's batches are weighed by the same
-            loss, part = adavid.student_loss(student, teacher, critic, cache, real, text, null_text,
-                                             step, config, interpolator, generator)
-            (loss / args.accumulate).backward()
-            parts.append(part | {"data_variance": kernels.temporal_variance(real).mean()})
+            part = {"loss": 0, "data_variance": kernels.temporal_variance(real).mean()}
+            for loss, terms in adavid.student_losses(
+                    student, teacher, critic, cache, real, text, null_text, step, config,
+                    interpolator, generator):
+                (loss / args.accumulate).backward()
+                part |= terms | {"loss": part["loss"] + loss.detach()}
+            parts.append(part)
         norm = descend(student, (student_optimizer,), config.lr, config.grad_clip)
         parts = {name: torch.cat([part[name].view(-1) for part in parts]) for name in parts[0]}
         cache.load_state_dict(means)

@@ -1,7 +1,9 @@
 """From video files and captions to shards, and what is drawn from them."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -118,21 +120,22 @@ def test_latents_and_embeddings_are_the_codecs_own(wan, clips, shards):
 def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkeypatch, capsys):
     reads, read = [], encode.read_video
 
-    def dies(file, *size):
-        if len(reads) == 7:
-            raise KeyboardInterrupt
+    def stops(file, *size):
         reads.append(file)
+        if len(reads) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
         return read(file, *size)
 
-    monkeypatch.setattr(encode, "read_video", dies)
-    assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 130
+    monkeypatch.setattr(encode, "read_video", stops)
+    with pytest.raises(SystemExit, match="143"):
+        run(wan, tmp_path, "--videos", clips, "--shard-size", 3)
     assert not (tmp_path / "index.json").exists()
     with pytest.raises(ValueError, match="run tools.encode again"):
         Shards(tmp_path, 0)
 
     monkeypatch.setattr(encode, "read_video", lambda f, *size: reads.append(f) or read(f, *size))
     assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
-    assert len(reads) - len(set(reads)) <= 1  # what was read ahead when it died
+    assert len(reads) - len(set(reads)) <= 1  # what was read ahead when it stopped
     assert rows(tmp_path).keys() == rows(shards).keys()
     for name, (caption, latents, _) in rows(shards).items():
         assert rows(tmp_path)[name][0] == caption and torch.equal(rows(tmp_path)[name][1], latents)

@@ -35,7 +35,7 @@ from sample import read_prompts
 from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from tools import cli
 from tools.data import INDEX, Prefetch
-from tools.run import rank, ranks, start
+from tools.run import rank, ranks, start, stop_requests
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 TIMEOUT = 300  # seconds for one video
@@ -69,7 +69,7 @@ class Encode:
     negative_prompt: str | None = None
     """what guidance leads away from in training; by default Wan's own"""
     shard_size: int = 64
-    """videos in a shard, and what an interruption loses at most"""
+    """videos in a shard, and what `kill -9` loses at most; Ctrl-C loses none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere what its file has"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -116,10 +116,12 @@ def run(args):
     fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
     log, pending = args.out / f"broken-{rank():03}.jsonl", []
     bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
-    with codec.text_encoder() as encode:
+    with codec.text_encoder() as encode, stop_requests() as requests:
         null_text = encode(null_prompt)[None]
         try:
             for i, (name, caption) in enumerate(bar):
+                if requests:
+                    raise SystemExit(128 + requests[0])
                 try:
                     latents = codec.encode(fetch(i)[None])[0].half().cpu() if has_videos else None
                     if has_videos and not latents.isfinite().all():
@@ -133,7 +135,7 @@ def run(args):
                 if len(pending) == args.shard_size:
                     write_shard(args.out, pending, settings)
                     pending = []
-        finally:  # Ctrl-C loses nothing
+        finally:  # Ctrl-C and SIGTERM lose nothing
             if pending:
                 write_shard(args.out, pending, settings)
     if group:

@@ -4,7 +4,9 @@ Files are those of diffusers' `load_lora_weights`.
 """
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from tiny_wan import checkpoint
 
@@ -15,9 +17,10 @@ TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
 def adapted(base, rank, names, seed=0):
     """The frozen base as it is, and with each of the named adapters: models that share it.
 
-    Adapters are float32 and start as no change at all.
+    Adapters start as no change at all. They are float32 and compute in the base's dtype.
     """
     import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     base.requires_grad_(False)
     torch.manual_seed(seed)
@@ -25,10 +28,19 @@ def adapted(base, rank, names, seed=0):
     for name in names:
         base.__dict__.pop("peft_config", None)  # or peft warns of the second one
         peft.inject_adapter_in_model(config, base, adapter_name=name)
-    for name, p in base.named_parameters():
-        if "lora_" in name:
-            p.data = p.data.float()
+    for layer in (m for m in base.modules() if isinstance(m, BaseTunerLayer)):
+        layer.cast_input_dtype_enabled = False  # or peft computes in the adapters' dtype
+        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+            part.__class__ = MasterLinear
+            part.float()
     return [Adapted(base, name) for name in (None, *names)]
+
+
+class MasterLinear(nn.Linear):
+    """Its weight stays in float32, where small updates add up; it computes in its input's dtype."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Adapted:

@@ -179,10 +179,9 @@ def inputs(config, shape, batch_size):
 def count_cycle(config, shape, batch_size=1, lora=0):
     """A cycle on one GPU, without and with checkpointing: `[FLOPs, kept bytes, working bytes]`.
 
-    Kept for backward is what the two graphs of the student's update need: its own video's and the
-    regression's. What backward works in is counted in the critic's update, which has one graph: in
-    two, autograd hoards gradients of weights, and FSDP does not. All this is a little too much on
-    the meta device, where RMSNorm is several operations, on GPUs one.
+    Kept for backward is what the larger of the student's two graphs needs, one after the other in
+    memory; what backward works in comes on top. This is a little too much on the meta device, where
+    RMSNorm is several operations, on GPUs one.
     """
     def counted(config):
         if lora:
@@ -211,12 +210,14 @@ def count_cycle(config, shape, batch_size=1, lora=0):
         for checkpointing in (False, True):
             for model in learning:
                 model.gradient_checkpointing = checkpointing
-            critic_flops, critic_kept, peak = count(
+            critic_flops, kept, peak = count(
                 lambda: adavid.critic_loss(critic, real, text, AVD))
-            student_flops, kept, _ = count(lambda: adavid.student_loss(
-                student, teacher, critic, cache, real, text, text, 0, AVD)[0])
-            flops = AVD.critic_updates * (rollout + critic_flops) + student_flops + rollout - first
-            costs.append([flops, kept, peak - critic_kept])
+            terms = adavid.student_losses(
+                student, teacher, critic, cache, real, text, text, 0, AVD)
+            matching, regression = (count(lambda: next(terms)[0]) for _ in range(2))
+            flops = AVD.critic_updates * (rollout + critic_flops) + rollout - first + (
+                matching[0] + regression[0])
+            costs.append([flops, max(matching[1], regression[1]), peak - kept])
         return np.array(costs)
 
     # LoRA's backward ends within the first block, which is therefore unlike the others.
