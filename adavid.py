@@ -360,9 +360,9 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
     kl = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
     temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
-    variance = kernels.temporal_variance(x0.detach()).mean()
     yield kl + config.lambda_temp * temp, {
-        "kl": kl.detach(), "temp": temp.detach(), "variance": variance}
+        "kl": kl.detach(), "temp": temp.detach(), "x0": x0.detach(),
+        "variance": kernels.temporal_variance(x0.detach()).mean()}
 
     if config.lambda_reg:
         strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)

@@ -14,7 +14,6 @@ import copy
 import json
 import shutil
 import sys
-from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,7 +32,7 @@ from tools import cli
 from tools.data import Prefetch, Shards, Toy
 from tools.lora import adapted
 from tools.media import thumbnails, write_contact_sheet
-from tools.run import descend, loop, rank, ranks, shard, start, stream, streams, whole
+from tools.run import agreed, descend, loop, rank, ranks, shard, start, stream, streams, whole
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -130,6 +129,8 @@ class Distill(Run):
     """a model for the student to start from; by default the teacher"""
     accumulate: int = 1
     """batches whose gradients make one update"""
+    one_rollout: bool = False
+    """all critic updates of a cycle learn from the student update's videos: a fifth less time"""
     lora: int = 0
     """rank of adapters to train on one shared, frozen base, in place of whole models"""
     ema: float = 0.0
@@ -257,13 +258,25 @@ def train_interpolator(args):
 
 
 def distill(args):
-    """Each step is a cycle: `critic_updates` updates of the critic, then one of the student."""
+    """Each step is a cycle: an update of the student, then `critic_updates` of the critic.
+
+    The first of these learns from the student's own update's videos, the others from new ones.
+    """
     config, device, data = args.avd, start(args.device), open_data(args)
     load_config(args.model)  # whose complaint `distill_defaults` has kept to itself
     if args.out.resolve() == checkpoint.home(args.model).resolve():
         raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora goes with neither --ema nor --init-student")
+    if args.lora < 0 or not 0 <= args.ema < 1:
+        raise ValueError(f"--lora {args.lora}, --ema {args.ema}: a rank, and a decay below 1")
+    for model in (args.model, args.init_student or args.model):
+        takes, there = WanConfig.from_pretrained(model), (data.latent_shape[0],
+                                                          data.null_text.shape[-1])
+        if (takes.in_dim, takes.text_dim) != there:
+            raise ValueError(
+                f"{args.data or 'the toy world'} has {there[0]} channels and text of {there[1]}, "
+                f"but {model} takes {takes.in_dim} and {takes.text_dim}")
     if config.lambda_reg and not data.has_videos:
         raise ValueError(f"{args.data}: has no videos to learn from; --lambda-reg 0 does without")
     interpolator = load_interpolator(args.model, device)
@@ -280,7 +293,6 @@ def distill(args):
 
     student_optimizer, critic_optimizer = adamw(student), adamw(critic)
     fetch = Prefetch(lambda number: data.batch(sample_numbers(args, number)))
-    motion = deque(maxlen=20)
 
     def batches(number):
         """The batches of an update: real videos, text, step and random streams."""
@@ -291,13 +303,18 @@ def distill(args):
             yield (real.to(device), text.to(device), step.item(),
                    streams(args.seed, "distill", sample_numbers(args, i)))
 
-    def update_critic(number):
-        loss = 0
+    def rollouts(number):
+        """The student's videos for an update of the critic, with their text and random streams."""
         for real, text, step, generator in batches(number):
             with torch.no_grad():
                 noise = adavid.draw(torch.randn, real.shape, real, generator)
                 x0 = adavid.backward_simulation(student, noise, text, step, config, interpolator,
                                                 generator)
+            yield x0, text, generator
+
+    def update_critic(videos):
+        loss = 0
+        for x0, text, generator in videos:
             part = adavid.critic_loss(critic, x0, text, config, generator) / args.accumulate
             part.backward()
             loss += part.item()
@@ -305,7 +322,8 @@ def distill(args):
         return logged(norm, critic=loss, critic_grad_norm=norm)
 
     def update_student(number):
-        means, parts = copy.deepcopy(cache.state_dict()), []
+        """Its metrics, and its videos, which the critic learns from in turn."""
+        means, parts, videos = copy.deepcopy(cache.state_dict()), [], []
         for real, text, step, generator in batches(number):
             cache.load_state_dict(means)  # all of an update's batches are weighed by the same
             part = {"loss": 0, "data_variance": kernels.temporal_variance(real).mean()}
@@ -314,6 +332,7 @@ def distill(args):
                     interpolator, generator):
                 (loss / args.accumulate).backward()
                 part |= terms | {"loss": part["loss"] + loss.detach()}
+            videos.append((part.pop("x0"), text, generator))
             parts.append(part)
         norm = descend(student, (student_optimizer,), config.lr, config.grad_clip)
         parts = {name: torch.cat([part[name].view(-1) for part in parts]) for name in parts[0]}
@@ -334,18 +353,15 @@ def distill(args):
             if here.sum() > 1:  # times k, it tells how far the weights can leave one half
                 metrics[f"reg_std_{timestep:g}"] = parts["reg"][here].std().item()
             metrics[f"cache_{timestep:g}"] = cache.means[i].item()
-        return metrics
+        return metrics, videos
 
     def update(cycle):
-        first, metrics = cycle * (config.critic_updates + 1), {}
+        first = cycle * max(1, config.critic_updates)
+        metrics, videos = update_student(first)
         for number in range(first, first + config.critic_updates):
-            metrics = update_critic(number) | {k: v for k, v in metrics.items() if k == "skipped"}
-        metrics |= update_student(first + config.critic_updates)
-        motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
-        share = sum(motion) / len(motion)
-        if data.has_videos and share < 0.5 and len(motion) == motion.maxlen and rank() == 0:
-            tqdm.write(f"step {cycle}: motion has fallen to {share:.0%} of the data's")
-            motion.clear()
+            if number > first and not args.one_rollout:
+                videos = rollouts(number)
+            metrics |= update_critic(videos)
         return metrics | {"waited": fetch.waited}
 
     def sample(noise, text):
@@ -377,7 +393,7 @@ def load_models(args, device):
 
 def load_whole(args, path, device):
     """A model with weights in float32, in parts over the ranks."""
-    model = WanModel.from_pretrained(path, torch.float32)
+    model = WanModel.from_pretrained(path)
     model.gradient_checkpointing = recomputing(args)
     return shard(model, device, compute_dtype(args, device))
 
@@ -394,7 +410,11 @@ def recomputing(args):
 
 def save_student(student, out, metadata):
     """What was learnt: the whole model, gathered from all ranks, or LoRA's adapter alone."""
-    tensors = {name: whole(tensor).cpu() for name, tensor in student.state_dict().items()}
+    tensors = {}
+    for name, tensor in student.state_dict().items():
+        tensor = whole(tensor)
+        if rank() == 0:
+            tensors[name] = tensor.cpu()
     if rank() == 0:
         if hasattr(student, "save_adapter"):
             student.save_adapter(out, metadata)
@@ -428,11 +448,14 @@ def open_pictures(args, data, device):
     def codec():
         return open_codec(args.model, config, args.codec, device=device)
 
-    try:
-        codec()
-    except ValueError as error:
-        if rank() == 0:
-            print(f"note: no pictures, as {error}")
+    problem = None
+    if rank() == 0:
+        try:
+            codec().prepare()
+        except (ValueError, OSError) as error:
+            problem = f"note: no pictures, as {error}"
+            print(problem)
+    if agreed(problem):
         return None
     return Pictures(data, codec, count=4, batch_size=1)
 
@@ -445,22 +468,26 @@ class Pictures:
         _, self.text, self.prompts = data.batch(range(count))
         self.noise = torch.randn((count, *data.latent_shape), generator=stream(GRID_SEED, "grid"))
 
-    def videos(self, sample):
+    def latents(self, sample):
         batches = zip(self.noise.split(self.batch_size), self.text.split(self.batch_size))
-        latents = torch.cat([sample(noise, text).cpu() for noise, text in batches])
-        return self.codec().decode(latents).cpu() if rank() == 0 else None  # all ranks sampled
+        return torch.cat([sample(noise, text).cpu() for noise, text in batches])
 
     def draw(self, path, sample):
-        """A contact sheet, and for the log how saturated it is."""
-        videos = self.videos(sample)
-        if videos is None:
+        """A contact sheet, and for the log how saturated it is. All ranks sample, one draws."""
+        latents = self.latents(sample)
+        if rank():
+            return {}
+        try:
+            videos = self.codec().decode(latents).cpu()
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            tqdm.write(f"{path}: not drawn ({error})")
             return {}
         write_contact_sheet(path, map(thumbnails, videos))
         return {"saturation": (videos.amax(1) - videos.amin(1)).mean().item()}
 
     def scores(self, sample):
         """What the toy's oracle reads off the videos."""
-        scores = world.score(self.videos(sample), self.prompts)
+        scores = world.score(self.codec().decode(self.latents(sample)), self.prompts)
         return {name: value.nanmean().item() for name, value in scores.items()}
 
 

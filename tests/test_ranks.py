@@ -250,3 +250,51 @@ def test_an_adapter_of_another_model_is_named(toy_folder, tmp_path, capsys):
         "distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--lora", "4",
         "--ema", "0.9"]))
     assert load_file(out / lora.FILE)
+
+
+# --- what must not go wrong with several ranks -----------------------------------------------
+
+def torchrun(*args, cwd=ROOT):
+    env = {"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           *map(str, args)], cwd=cwd, env=env, timeout=120, capture_output=True,
+                          text=True)
+
+
+def test_saves_in_the_background_keep_out_of_the_loops_way(toy_folder, tmp_path):
+    """Writing takes longer than a step, and on each rank another time."""
+    (tmp_path / "slow.py").write_text("""
+import sys, time, train
+from tools import run
+from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
+write = Writer.write_data
+def slowly(self, *args):
+    time.sleep(0.4 if run.rank() else 0.1)
+    return write(self, *args)
+Writer.write_data = slowly
+update = run.mean_over_ranks
+def seen(metrics):
+    if run.rank() == 0:
+        print("checkpoints:", *(c.name for c in run.checkpoints(run.Path("run"))))
+    return update(metrics)
+run.mean_over_ranks = seen
+sys.exit(train.main(sys.argv[1:]))
+""")
+    result = torchrun(tmp_path / "slow.py", "distill", "--model", toy_folder, "--out", "run",
+                      "--batch-size", 1, "--steps", 12, "--device", "cpu", "--sample-every", 100,
+                      "--save-every", 2, "--critic-updates", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert checkpoints(tmp_path / "run")[-1].name == "000012"
+    seen = [line.split()[1:] for line in result.stdout.splitlines() if "checkpoints:" in line]
+    assert ["000002"] in seen[3:]  # it has its name before the next one is begun or soon after
+
+
+def test_ranks_that_see_other_folders_are_told_at_once(toy_folder, tmp_path):
+    (tmp_path / "apart.py").write_text("""
+import os, sys, train
+sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv[1:]]))
+""")
+    result = torchrun(tmp_path / "apart.py", "distill", "--model", toy_folder, "--out",
+                      tmp_path / "run-RANK", "--batch-size", 1, "--steps", 2, "--device", "cpu")
+    assert result.returncode
+    assert result.stderr.count("must be a folder that all nodes share") == 2

@@ -244,3 +244,32 @@ def test_help_explains_every_flag(capsys):
     for stage in ("teacher", "interpolator", "distill"):
         assert train.main([stage, "--help"]) == 0
         assert "resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--accumulate", "0"], "--accumulate 0"), (["--ema", "2"], "--ema 2"),
+    (["--lora", "-4"], "--lora -4")])
+def test_flags_out_of_range_get_one_line(flags, says, toy_folder, tmp_path, capsys):
+    run = ["distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--device", "cpu"]
+    assert says in complaint(capsys, train.main([*run, *flags]))
+
+
+def test_a_model_of_another_world_is_named_before_anything_is_loaded(toy_folder, tmp_path, capsys):
+    from tests import miniature_wan
+
+    miniature_wan.transformer().save_pretrained(tmp_path / "wan")
+    line = complaint(capsys, train.main(["distill", "--model", str(tmp_path / "wan"), "--out",
+                                         str(tmp_path / "x"), "--device", "cpu"]))
+    assert "the toy world has 12 channels" in line and "takes 16" in line
+
+
+def test_a_run_whose_motion_falls_says_so(toy_folder, tmp_path, capsys, monkeypatch):
+    from tools import run
+
+    means = run.mean_over_ranks
+    monkeypatch.setattr(run, "mean_over_ranks", lambda metrics: means(metrics) | {
+        "variance": 0.3, "data_variance": 1.0})
+    assert train.main(["distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"),
+                       "--device", "cpu", "--steps", "21", "--batch-size", "1",
+                       "--critic-updates", "0"]) == 0
+    assert capsys.readouterr().out.count("motion has fallen to 30% of the data's") == 1

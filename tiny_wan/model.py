@@ -139,7 +139,7 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """adaLN, in float32: the modulation is never rounded to bf16 before it is applied."""
+    """adaLN, in float32: shift and scale are not rounded before they are applied."""
     return (x.float() * (1 + scale) + shift).type_as(x)
 
 

@@ -53,6 +53,9 @@ def run(args):
     model = WanModel.from_pretrained(args.model, args.dtype and getattr(torch, args.dtype))
     if args.lora:
         merge(model, args.lora)
+        if model.blocks[0].ffn[0].weight.dtype != torch.float32:
+            print("note: this dtype rounds an adapter's small changes away; --dtype float32 keeps "
+                  "them, and so does the adapter beside its model")
     notes = {k: v for k, v in metadata.items() if k not in ("format", "config")}
     model.save_pretrained(out, args.layout, notes | {"avd": config.to_json()})
     if args.layout == "diffusers":

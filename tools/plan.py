@@ -62,6 +62,8 @@ class Distill(Plan):
     """how many, each with videos of its own"""
     lora: int = 0
     """rank of adapters to train on one shared, frozen base, in place of whole models"""
+    one_rollout: bool = False
+    """as train.py's: all critic updates of a cycle learn from the student update's videos"""
     accumulate: int = 1
     """batches whose gradients make one update"""
     videos: int = 150_000
@@ -176,7 +178,7 @@ def inputs(config, shape, batch_size):
                 torch.empty(batch_size, config.text_len, config.text_dim))
 
 
-def count_cycle(config, shape, batch_size=1, lora=0):
+def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
     """A cycle on one GPU, without and with checkpointing: `[FLOPs, kept bytes, working bytes]`.
 
     Kept for backward is what the larger of the student's two graphs needs, one after the other in
@@ -215,8 +217,9 @@ def count_cycle(config, shape, batch_size=1, lora=0):
             terms = adavid.student_losses(
                 student, teacher, critic, cache, real, text, text, 0, AVD)
             matching, regression = (count(lambda: next(terms)[0]) for _ in range(2))
-            flops = AVD.critic_updates * (rollout + critic_flops) + rollout - first + (
-                matching[0] + regression[0])
+            rollouts = 1 if one_rollout else AVD.critic_updates  # the student's own is one of them
+            flops = (AVD.critic_updates * critic_flops + rollouts * rollout - first
+                     + matching[0] + regression[0])
             costs.append([flops, max(matching[1], regression[1]), peak - kept])
         return np.array(costs)
 
@@ -317,7 +320,7 @@ def print_rows(title, rows):
 def plan_distill(args):
     config, shape = PRESETS[args.preset], latent_shape(args)
     (plain, *all_activations), (flops, kept, working) = count_cycle(
-        config, shape, args.batch_size, args.lora)
+        config, shape, args.batch_size, args.lora, args.one_rollout)
     plain, flops = args.accumulate * plain, args.accumulate * flops
     parts = memory(config, args.gpus, args.lora) | {
         "activations kept for backward: inputs of blocks": kept,
@@ -332,8 +335,8 @@ def plan_distill(args):
 
     introduce(args, config, shape)
     print_rows(
-        f"PFLOPs on each GPU in a cycle of {AVD.critic_updates} critic updates and 1 student "
-        f"update, each of {plural(videos, 'video')}",
+        f"PFLOPs on each GPU in a cycle of 1 student update and {AVD.critic_updates} critic "
+        f"updates, each of {plural(videos, 'video')}",
         {"forwards and backwards": plain / 1e15,
          "blocks recomputed in backward (activation checkpointing)": (flops - plain) / 1e15,
          f"in all: {seconds(args, flops):,.1f} seconds": flops / 1e15})

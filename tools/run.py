@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def start(device_name):
     device = cli.pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"more processes than this machine has GPUs "
+                             f"({torch.cuda.device_count()}); lower --nproc_per_node")
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
@@ -77,11 +81,12 @@ def ranks():
 def shard(model, device, dtype=None):
     """FSDP2: each rank keeps a part of every tensor and gathers one block's at a time. -> model
 
-    dtype: to compute in, by default the weights' own. Gradients are averaged over the ranks, in
-    float32. Without a process group, the model just moves to the device.
+    dtype: to compute in, by default float32, which the parts are in. Norms and modulation are
+    rounded to it as well. Gradients are averaged over the ranks, in float32. Without a process
+    group, the model just moves to the device.
     """
     if not dist.is_initialized():
-        return model.to(device)
+        return model.to(device, torch.float32)
     mesh = init_device_mesh(device.type, (ranks(),))
     precise = [model.time_embedding, model.time_projection]  # as Wan computes them
     for part in [*precise, *model.blocks, model]:
@@ -89,7 +94,15 @@ def shard(model, device, dtype=None):
         policy = MixedPrecisionPolicy(None if part in precise else dtype, torch.float32,
                                       cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model
+    return model.float()  # only now, so that no rank ever holds all of it in float32
+
+
+def agreed(value):
+    """The first rank's value, on all of them."""
+    values = [value]
+    if ranks() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def whole(tensor):
@@ -129,13 +142,16 @@ def descend(model, optimizers, lr, max_norm):
 
 
 def loop(args, state, update, show):
-    """Run `update(step) -> metrics` up to `args.steps`, resuming and saving `state`; -> minutes.
+    """Run `update(step) -> metrics` up to `args.steps`, resuming and saving `state`.
+
+    Returns the minutes that all steps took, on the first rank.
 
     state: the modules and optimizers that make up the run, by name.
     update: its "skipped" metric tells that the step changed nothing, as a number was not finite.
     show: draws the fixed prompts to a path, and returns what else is worth logging.
     """
     (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    check_shared(args.out)
     start = resume(args, state)
     first = rank() == 0
     if first:
@@ -146,6 +162,7 @@ def loop(args, state, update, show):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
                disable=not first)
     saving, skips, waited, board = Saving(args), 0, 0, None
+    motion = deque(maxlen=20)  # against the data's
     if args.tensorboard and first:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(args.out)
@@ -156,9 +173,16 @@ def loop(args, state, update, show):
             done = step + 1
             skips = skips + 1 if metrics.get("skipped") else 0
             if skips == MOST_SKIPS:
+                saving.finish()
                 raise ValueError(
                     f"step {step}: {skips} updates in a row had a loss or a gradient that is not "
                     f"finite; the last checkpoint is untouched, and a lower learning rate may help")
+            if "variance" in metrics:
+                motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
+                if (share := sum(motion) / 20) < 0.5 and len(motion) == 20:
+                    if first:
+                        tqdm.write(f"step {step}: motion has fallen to {share:.0%} of the data's")
+                    motion.clear()
             if done % args.sample_every == 0 or done == args.steps:
                 metrics |= show(args.out / "samples" / f"{done:06d}.png") or {}
             before, waited = waited, metrics.pop("waited", 0)
@@ -172,7 +196,8 @@ def loop(args, state, update, show):
                 append(args.out / "times.jsonl", times)
                 bar.set_postfix({name: f"{metrics[name]:.3g}" for name in
                                  ("loss", "kl", "reg", "temp", "critic") if name in metrics})
-            stop = agreed(requests)
+            saving.poll()
+            stop = signalled(requests)
             if stop or done % args.save_every == 0 or done == args.steps:
                 saving.begin(state, done)
             if stop or done == args.steps:
@@ -183,12 +208,28 @@ def loop(args, state, update, show):
                     print(f"stopped and saved at step {done} of {args.steps}; "
                           f"the same command resumes there", file=sys.stderr)
                 raise SystemExit(128 + stop)
+    if not first:
+        return 0
     times = [json.loads(line) for line in (args.out / "times.jsonl").read_text().splitlines()]
     seconds, waited = (sum(line[name] for line in times) for name in ("seconds", "waited"))
-    if first and seconds:
+    if seconds:
         print(f"{args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them waiting for "
               f"data")
     return seconds / 60
+
+
+def check_shared(folder):
+    """ValueError, on all ranks, if they do not see one and the same folder."""
+    if ranks() > 1:
+        file, token, seen = folder / "ranks", agreed(os.urandom(8).hex()), [None] * ranks()
+        if rank() == 0:
+            file.write_text(token)
+        dist.barrier()
+        dist.all_gather_object(seen, file.is_file() and file.read_text() == token)
+        if rank() == 0:
+            file.unlink()
+        if not all(seen):
+            raise ValueError(f"--out {folder} must be a folder that all nodes share")
 
 
 def append(log, line):
@@ -213,7 +254,7 @@ def stop_requests():
             signal.signal(signum, handler)
 
 
-def agreed(requests):
+def signalled(requests):
     """The signal that any rank was sent, or 0, on all of them."""
     stop = torch.tensor(max(requests, default=0))
     if ranks() > 1:
@@ -246,6 +287,8 @@ class Saving:
 
     def __init__(self, args):
         self.args, self.pending = args, None
+        # With a group of its own, or the loop's messages and a save's would be mistaken.
+        self.group = dist.new_group(backend="gloo") if ranks() > 1 else None
 
     def begin(self, state, step):
         self.finish()
@@ -258,11 +301,17 @@ class Saving:
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         if ranks() > 1:
             dist.barrier()
-            self.pending = dcp.async_save(named_tensors(state), storage_writer=writer), folder
+            self.pending = dcp.async_save(named_tensors(state), storage_writer=writer,
+                                          process_group=self.group), folder
         else:
             with warnings.catch_warnings(action="ignore"):  # of having one process
                 dcp.save(named_tensors(state), storage_writer=writer, no_dist=True)
             self.publish(folder)
+
+    def poll(self):
+        """Publish what has been written meanwhile."""
+        if self.pending and self.pending[0].done():
+            self.finish()
 
     def finish(self):
         """Wait for what is being written."""
@@ -304,7 +353,7 @@ def flags(args):
 
 def resume(args, state):
     """Load the newest checkpoint into `state`, if there is one; the step to go on with."""
-    if not (found := checkpoints(args.out)):
+    if not (found := agreed(checkpoints(args.out))):
         return 0
     folder = found[-1]
     try:
