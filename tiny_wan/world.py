@@ -88,7 +88,9 @@ def read(video):
 
     whole       the ball is there, compact, of one size and colour, and never jumps: the instance
                 is preserved
-    hue         of the ball, degrees; `saturation`, its HSV saturation
+    hue         of the ball, degrees; `saturation`, its HSV saturation; `red`, `green`, `blue`
+    size        of the ball, in pixels
+    ground      brightness of what is around it
     x, y        its place in the middle of the video; `vx`, `vy`, its velocity, pixels per frame
     flicker     mean absolute second difference of the pixels in time
     """
@@ -119,6 +121,9 @@ def read(video):
         & (hue_distance(hue, video_hue[:, None]) < 30).all(1) & (jump < 0.75),
         "hue": video_hue,
         "saturation": saturation.mean(1),
+        **dict(zip(("red", "green", "blue"), rgb.mean(2).unbind(1))),
+        "size": area.mean(1),
+        "ground": (video.mean(1) * (1 - mask)).sum((1, 2, 3)) / (1 - mask).sum((1, 2, 3)).clamp(1),
         "x": x.mean(1),
         "y": y.mean(1),
         "vx": (x * time).sum(1) / (time ** 2).sum(),  # least squares: jitter is not motion
