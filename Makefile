@@ -9,7 +9,7 @@ demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.htm
 test: .venv/all  ## all tests, on the CPU
 	$(RUN) -m pytest -q
 
-results: .venv/core  ## the README's table, about 15 minutes
+results: .venv/core  ## the README's table, about 25 minutes
 	$(RUN) -m tools.results
 
 weights: .venv/core  ## train the shipped teacher and interpolator again, about 40 minutes

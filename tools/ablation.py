@@ -10,6 +10,7 @@ the same prompts from the same noise, and the oracle reads the videos. A row and
 JSON file; what is there is not done again, and Ctrl-C loses no finished step.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -78,7 +79,8 @@ def run(args):
     jobs = {}
     for seed in conditions["seeds"]:
         for name in rows:
-            if read_result(args.results, conditions, name, seed) is None:
+            if seed in seeds_of(conditions, name) and read_result(
+                    args.results, conditions, name, seed) is None:
                 student = conditions["rows"][name].get("student", "")
                 jobs.setdefault((student, seed), []).append(name)
     for folder in (args.results, args.out):
@@ -125,13 +127,18 @@ def read_conditions(file):
     return conditions
 
 
+def seeds_of(conditions, name):
+    """All seeds, or the first ones where a row says how many."""
+    return conditions["seeds"][:conditions["rows"][name].get("seeds", len(conditions["seeds"]))]
+
+
 def definition(conditions, name):
     """All that decides a row's numbers, but for the seed."""
     row = dict(conditions["rows"][name])
     student = conditions["students"].get(row.get("student"), {})
     data = conditions["data"].get(student.get("data"), {})
     kept = {key: conditions[key] for key in ("prompts", "prompt_seed", "flags")}
-    return kept | {"row": {k: v for k, v in row.items() if k not in ("title", "group")},
+    return kept | {"row": {k: v for k, v in row.items() if k not in ("title", "seeds")},
                    "student": student, "data": data}
 
 
@@ -366,17 +373,21 @@ class Measurements:
     """
 
     def __init__(self, conditions, folder, draws=2000):
-        self.conditions, self.folder = conditions, folder
-        rng, seeds, prompts = (np.random.default_rng(0), len(conditions["seeds"]),
-                               conditions["prompts"])
-        self.counts = np.zeros((draws, seeds, prompts), np.float32)
-        for counts in self.counts:
+        self.conditions, self.folder, self.draws = conditions, folder, draws
+        self.counts = functools.cache(self.counts)
+
+    def counts(self, seeds):
+        """How often each draw takes each seed and prompt: `[draws, seeds, prompts]`."""
+        rng, prompts = np.random.default_rng(0), self.conditions["prompts"]
+        result = np.zeros((self.draws, seeds, prompts), np.float32)
+        for counts in result:
             for seed in rng.integers(seeds, size=seeds):
                 counts[seed] += np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
+        return result
 
     def results(self, row):
         return [read_result(self.folder, self.conditions, row, seed)
-                for seed in self.conditions["seeds"]]
+                for seed in seeds_of(self.conditions, row)]
 
     def has(self, rows):
         """Whether all seeds of these rows are measured."""
@@ -402,7 +413,7 @@ class Measurements:
     def interval(self, values):
         """Mean and 95% interval of `values`, which may be a difference of two rows'."""
         valid = ~np.isnan(values)
-        sums, counts = (np.einsum("dsp,sp->d", self.counts, v.astype(np.float32))
+        sums, counts = (np.einsum("dsp,sp->d", self.counts(len(values)), v.astype(np.float32))
                         for v in (np.where(valid, values, 0), valid))
         means = sums[counts > 0] / counts[counts > 0]
         return (np.nanmean(values), *np.quantile(means, [0.025, 0.975]))
@@ -415,7 +426,9 @@ class Measurements:
         return f"{mean:.3f} ± {(high - low) / 2:.3f}"
 
     def difference(self, row, other, column):
-        return self.interval(self.shares(row, column) - self.shares(other, column))
+        pair = self.shares(row, column), self.shares(other, column)
+        seeds = min(map(len, pair))
+        return self.interval(pair[0][:seeds] - pair[1][:seeds])
 
 
 def verdict(measured, claim):

@@ -1,6 +1,6 @@
 """The README's table: samplers and students, read by the oracle over fresh prompts and seeds.
 
-    python -m tools.results                          everything, about 15 minutes on two cores
+    python -m tools.results                          everything, about 25 minutes on two cores
     python -m tools.results --rows teacher-50        the shipped teacher alone
 
 Seed s trains its students as the demo does, with `train.py distill --seed s`; every row then draws
