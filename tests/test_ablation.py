@@ -1,13 +1,16 @@
 """The ablation on a small scale: what it trains, measures, keeps and concludes."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import tyro
 
 import adavid
+import train
 from tests.test_report import Tags
 from tests.test_train import complaint
 from tiny_wan import ToyCodec, world
@@ -187,6 +190,21 @@ def test_the_page_stands_alone(folder):
     assert not any(map(tags.count, ("script", "link", "iframe", "object")))
     assert "reproduced" in page and "AVD &lt;renumbered&gt;" in page and "<renumbered>" not in page
     assert (folder / "results" / "figure.png").stat().st_size > 5000
+
+
+def test_the_committed_conditions_name_what_there_is():
+    conditions = ablation.read_conditions(ablation.CONDITIONS)
+    students, rows, data = (conditions[part] for part in ("students", "rows", "data"))
+    assert {row["student"] for row in rows.values() if "student" in row} == set(students)
+    assert {student["data"] for student in students.values() if "data" in student} == set(data)
+    assert all("title" in row for row in rows.values())
+    named = [row for question in conditions["questions"] for row in question["rows"]]
+    tests = [test for claim in conditions["claims"] for test in claim["tests"]]
+    assert {*named, *(test[side] for test in tests for side in ("row", "against"))} <= set(rows)
+    assert {test["column"] for test in tests} <= set(ablation.COLUMNS)
+    for student in students.values():
+        flags = shlex.split(student.get("flags", ""))
+        tyro.cli(train.Distill, args=["--out", "x", *flags])
 
 
 @pytest.mark.parametrize("old, new, says", [
