@@ -45,6 +45,7 @@ mean = { title = "AVD, plain mean", student = "avd", interpolator = "mean", seed
 asks = "Which loss cures what?"
 rows = ["real", "teacher", "dmd", "avd"]
 columns = ["instance", "saturation"]
+differences = [["avd", "dmd"]]
 plots = ["instance", "saturation"]
 answer = "None, after one update."
 
@@ -53,6 +54,7 @@ asks = "Where do frames stand?"
 rows = ["avd", "renumbered", "mean"]
 columns = ["motion", "motion_open"]
 plots = ["motion"]
+x = "gflops"
 answer = "Where they were."
 
 [[claims]]
@@ -172,24 +174,53 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     mean, low, high = table.difference("b", "a", "saturation")
     assert 0.015 < low < 0.02 < high < 0.025
 
-    def says(**test):
-        return ablation.verdict(table, {"tests": [test | {"column": "saturation"}]})[0]
+    def says(*tests):
+        claim = {"says": "so", "tests": [test | {"column": "saturation"} for test in tests]}
+        table.conditions["claims"] = [claim]
+        return ablation.verdicts(table)[1][1:]
 
-    assert says(row="b", against="a", sign=1) == "reproduced"
-    assert says(row="a", against="b", sign=1) == "not reproduced"
-    assert says(row="a", against="b", sign=-1, when="turned") == "reproduced when turned"
-    assert says(row="a", against="b", sign=0, margin=0.03) == "reproduced"
-    assert says(row="a", against="b", sign=0, margin=0.01) == "not reproduced"
+    up = {"row": "b", "against": "a", "sign": 1}
+    down = {"row": "b", "against": "a", "sign": -1}
+    assert says(up)[0] == "reproduced" and says(down)[0] == "not reproduced"
+    verdict, shown = says(down, up | {"when": "turned"})
+    assert verdict == "reproduced when turned" and shown.count("saturation, b − a: +0.02") == 2
+    assert says(up | {"sign": 0, "margin": 0.03})[0] == "reproduced"
+    assert says(up | {"sign": 0, "margin": 0.01})[0] == "not reproduced"
 
 
-def test_the_page_stands_alone(folder):
-    assert ablation_report.main(flags(folder)) == 0
+def test_the_page_stands_alone_and_the_readme_gets_its_tables(folder):
+    readme = folder / "README.md"
+    readme.write_text("# Toy\n<!-- ablation: table -->\n<!-- end -->\nand\n"
+                      "<!-- ablation: answers -->\nold\n<!-- end -->\n")
+    for _ in range(2):
+        assert ablation_report.main([*flags(folder), "--readme", str(readme)]) == 0
     page = (folder / "results" / "report.html").read_text(encoding="utf-8")
     tags = Tags(page)
-    assert tags.count("img") in range(8, 33) and tags.count("svg") == 3 and tags.count("table") == 4
+    assert tags.count("img") in range(8, 33) and tags.count("svg") == 3 and tags.count("table") == 5
     assert not any(map(tags.count, ("script", "link", "iframe", "object")))
     assert "reproduced" in page and "AVD &lt;renumbered&gt;" in page and "<renumbered>" not in page
     assert (folder / "results" / "figure.png").stat().st_size > 5000
+    table, answers = readme.read_text(encoding="utf-8").split("and\n")
+    assert [line.split(" | ")[0] for line in table.splitlines()[3:-2]] == [
+        "| ", "|---|---|---|", "| real videos", "| teacher", "| DMD", "| AVD", "| AVD − DMD"]
+    assert "- **Where do frames stand?** Where they were." in answers and "old" not in answers
+
+
+def test_the_readme_says_what_the_committed_measurements_say():
+    """`python -m tools.ablation_report` would change nothing."""
+    measured = ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),
+                                     ablation.RESULTS)
+    assert measured.has(measured.conditions["rows"])
+    readme = ablation_report.Page.readme.read_text(encoding="utf-8")
+    assert readme.count("<!-- ablation: ") == 3
+    assert ablation_report.filled(readme, measured) == readme
+
+
+def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops():
+    measured = ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),
+                                     ablation.RESULTS)
+    teacher, avd = (measured.of(row, "gflops")[0] for row in ("teacher-50", "avd"))
+    assert teacher > 30 * avd
 
 
 def test_the_committed_conditions_name_what_there_is():
@@ -198,10 +229,11 @@ def test_the_committed_conditions_name_what_there_is():
     assert {row["student"] for row in rows.values() if "student" in row} == set(students)
     assert {student["data"] for student in students.values() if "data" in student} == set(data)
     assert all("title" in row for row in rows.values())
-    named = [row for question in conditions["questions"] for row in question["rows"]]
-    tests = [test for claim in conditions["claims"] for test in claim["tests"]]
-    assert {*named, *(test[side] for test in tests for side in ("row", "against"))} <= set(rows)
-    assert {test["column"] for test in tests} <= set(ablation.COLUMNS)
+    questions, tests = conditions["questions"], sum((c["tests"] for c in conditions["claims"]), [])
+    named = [row for q in questions for row in sum(q.get("differences", []), q["rows"])]
+    assert {*named, *(test[side] for test in tests for side in ("row", "against"))} == set(rows)
+    columns = [column for q in questions for column in (*q["columns"], *q["plots"])]
+    assert {*columns, *(test["column"] for test in tests)} <= set(ablation.COLUMNS)
     for student in students.values():
         flags = shlex.split(student.get("flags", ""))
         tyro.cli(train.Distill, args=["--out", "x", *flags])

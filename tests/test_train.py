@@ -273,3 +273,12 @@ def test_a_run_whose_motion_falls_says_so(toy_folder, tmp_path, capsys, monkeypa
                        "--device", "cpu", "--steps", "21", "--batch-size", "1",
                        "--critic-updates", "0"]) == 0
     assert capsys.readouterr().out.count("motion has fallen to 30% of the data's") == 1
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_its_own_package(
+        toy_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    line = complaint(capsys, train.main([
+        "distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--device", "cpu",
+        "--tensorboard"]))
+    assert line.endswith("pip install tensorboard")

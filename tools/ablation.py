@@ -104,7 +104,8 @@ def run(args):
                 raise
     if failures:
         raise ValueError(f"{len(failures)} of {len(jobs)} jobs failed; the first: {failures[0]}")
-    print(markdown(Measurements(conditions, args.results), rows))
+    measured = Measurements(conditions, args.results)
+    print(markdown(cells(measured, [row for row in rows if measured.has([row])], COLUMNS)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def spoil(kind, video, generator):
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, whose student or teacher is in `folder`."""
     model = WanModel.from_pretrained(folder, torch.float32, device).eval()
-    config, interpolator = load_config(folder), load_interpolator(folder, "cpu")
+    config, interpolator = load_config(folder), None
     null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
     if "steps" in row:
         return lambda noise, text, generator: adavid.sample_teacher(
@@ -263,13 +264,19 @@ def sampler_of(row, folder, device="cpu"):
             row.get("guidance", config.guidance_scale))
     if "strides" in row:
         config = replace(config, strides=tuple(row["strides"]))
-    if row.get("interpolator") == "mean":
-        interpolator = adavid.FrameInterpolator(ToyCodec.channels)  # untrained, that is what it is
-    interpolator = interpolator.to(device) if max(config.strides) > 1 else None
+    if max(config.strides) > 1:
+        interpolator = (plain_mean if row.get("interpolator") == "mean"
+                        else load_interpolator(folder, "cpu").to(device))
     if row.get("renumbered"):
         full, model = model, lambda x, t, text, frame_stride=1: full(x, t, text)
     return lambda noise, text, generator: adavid.sample(
         model, noise, text, config, interpolator, generator)
+
+
+def plain_mean(x0):
+    """The frame between two neighbours, without an interpolator's help."""
+    residual = torch.zeros_like(x0[:, :, 1:])
+    return kernels.interpolate_frames(x0, residual[:, :1] + 0.5, residual)
 
 
 def measure(args, conditions, name, folder, seed):
@@ -361,7 +368,8 @@ COLUMNS = {  # how each is called, and whether it is a share of real data's
     "motion": ("motion", True), "motion_open": ("motion, open", True),
     "saturation": ("saturation", True), "flicker": ("flicker", True),
     "ground": ("background", False),
-    "diversity": ("diversity", False), "frechet": ("Fréchet", False)}
+    "diversity": ("diversity", False), "frechet": ("Fréchet", False),
+    "gflops": ("GFLOPs", False), "seconds": ("seconds", False)}
 
 
 class Measurements:
@@ -374,7 +382,7 @@ class Measurements:
 
     def __init__(self, conditions, folder, draws=2000):
         self.conditions, self.folder, self.draws = conditions, folder, draws
-        self.counts = functools.cache(self.counts)
+        self.counts, self.results = map(functools.cache, (self.counts, self.results))
 
     def counts(self, seeds):
         """How often each draw takes each seed and prompt: `[draws, seeds, prompts]`."""
@@ -421,43 +429,58 @@ class Measurements:
     def of(self, row, column):
         return self.interval(self.shares(row, column))
 
-    def cell(self, row, column):
-        mean, low, high = self.of(row, column)
-        return f"{mean:.3f} ± {(high - low) / 2:.3f}"
-
     def difference(self, row, other, column):
         pair = self.shares(row, column), self.shares(other, column)
         seeds = min(map(len, pair))
         return self.interval(pair[0][:seeds] - pair[1][:seeds])
 
 
-def verdict(measured, claim):
-    """Whether a claim of the paper holds here, the test that says so, and its difference.
+def title(measured, row):
+    return measured.conditions["rows"][row]["title"]
 
-    `tests` stand in the order of closeness to the paper; the first that holds decides. A sign of 0
-    claims that rows differ by no more than `margin`.
+
+def said(mean, low, high, sign=""):
+    """A mean and half of its interval; without that where nothing varies."""
+    return f"{mean:{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else "")
+
+
+def cells(measured, rows, columns, differences=()):
+    """A table's lines, heads first; `differences` of pairs of rows come last."""
+    return [["", *(COLUMNS[column][0] for column in columns)],
+            *([title(measured, row), *(said(*measured.of(row, column)) for column in columns)]
+              for row in rows),
+            *([f"{title(measured, row)} − {title(measured, other)}",
+               *(said(*measured.difference(row, other, column), "+") for column in columns)]
+              for row, other in differences)]
+
+
+def verdicts(measured):
+    """A line for each claim of the paper whose rows are measured: does it hold here, and by what?
+
+    `tests` stand in the order of closeness to the paper; the first that holds decides, and all up
+    to it are shown. A sign of 0 claims that rows differ by no more than `margin`.
     """
-    differences = []
-    for test in claim["tests"]:
-        mean, low, high = measured.difference(test["row"], test["against"], test["column"])
-        holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= test.get("margin", 0)}
-        differences.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-        if holds[test["sign"]]:
-            when = f" when {test['when']}" if "when" in test else ""
-            return f"reproduced{when}", test, differences[-1]
-    return "not reproduced", claim["tests"][0], differences[0]
+    lines = [["claim", "here", "differences, with 95% intervals"]]
+    for claim in measured.conditions["claims"]:
+        if not measured.has([test[side] for test in claim["tests"] for side in ("row", "against")]):
+            continue
+        verdict, shown = "not reproduced", []
+        for test in claim["tests"]:
+            mean, low, high = measured.difference(test["row"], test["against"], test["column"])
+            names = " − ".join(title(measured, test[side]) for side in ("row", "against"))
+            shown.append(f"{COLUMNS[test['column']][0]}, {names}: "
+                         f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+            holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= test.get("margin", 0)}
+            if holds[test["sign"]]:
+                verdict = f"reproduced when {test['when']}" if "when" in test else "reproduced"
+                break
+        lines.append([claim["says"], verdict, "; ".join(shown)])
+    return lines
 
 
-def markdown(measured, rows):
-    """The table, of those rows that are measured."""
-    heads = ["", *(label for label, _ in COLUMNS.values()), "GFLOPs"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in filter(lambda row: measured.has([row]), rows):
-        cells = [measured.conditions["rows"][row]["title"],
-                 *(measured.cell(row, column) for column in COLUMNS),
-                 f"{measured.values(row, 'gflops').mean():.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def markdown(lines):
+    heads, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([heads, "|---" * len(lines[0]) + "|", *rest])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Reads what tools.ablation measured, and the videos that its students drew on thi
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -13,13 +14,15 @@ from io import StringIO
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
+from adavid import AVDConfig
 from tools import cli
 from tools.ablation import (
-    COLUMNS, CONDITIONS, RESULTS, Measurements, read_conditions, read_result, verdict)
+    COLUMNS, CONDITIONS, RESULTS, Measurements, cells, markdown, read_conditions, title, verdicts)
 from tools.report import CHART_STYLE, INK, STYLE, moving_picture, shown_first, table
 
 COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030", "#e0722f", "#d6336c")
@@ -27,7 +30,8 @@ COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030", "#e0722f", "#d6336c")
 
 @dataclass
 class Page:
-    """Write report.html and figure.png beside the measurements."""
+    """Write report.html and figure.png beside the measurements, and their tables into the README.
+    """
 
     conditions: Path = CONDITIONS
     """what was trained and sampled"""
@@ -35,6 +39,8 @@ class Page:
     """folder of the measurements"""
     out: Path = Path("runs/ablation")
     """folder of the students and their videos"""
+    readme: Path = Path(__file__).parents[1] / "README.md"
+    """what lies between its comments <!-- ablation: ... --> and <!-- end --> is replaced"""
 
 
 def main(argv=None):
@@ -44,26 +50,38 @@ def main(argv=None):
 def run(args):
     conditions = read_conditions(args.conditions)
     measured = Measurements(conditions, args.results)
-    first, *others = [q for q in conditions["questions"] if measured.has(q["rows"])]
-    draw(measured, first["rows"], first["plots"]).savefig(args.results / "figure.png", dpi=110)
-    sections = "".join(f"<h2>{escape(q['asks'])}</h2><p>{escape(q['answer'])}</p>"
-                       + numbers(measured, q["rows"], q["columns"])
-                       + svg(draw(measured, q["rows"], q["plots"])) for q in others)
+    args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), measured),
+                           encoding="utf-8")
+    questions = [q for q in conditions["questions"] if measured.has(q["rows"])]
+    draw(measured, questions[0]).savefig(args.results / "figure.png", dpi=110)
+    first, *others = (section(measured, question) for question in questions)
     page = args.results / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>The ablation in the toy world</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>{escape(first["asks"])}</h1><p>{escape(first["answer"])}</p>
-{numbers(measured, first["rows"], first["columns"])}
+<body><h1>The ablation in the toy world</h1>
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are shares of real data's.</p>
-{svg(draw(measured, first["rows"], first["plots"]))}
-<h2>The paper's claims</h2>{claims(measured)}
-<h2>The same prompts, the same noise</h2>{videos(args, conditions, first["rows"])}
-<h2>What makes a video hard</h2>{hardness(measured, first["rows"])}
-{sections}</body></html>
+{first}
+<h2>The paper's claims</h2>{grid(verdicts(measured))}
+<h2>The same prompts, the same noise</h2>{videos(args, conditions, questions[0]["rows"])}
+<h2>What makes a video hard</h2>{hardness(measured)}{grid(spreads(measured))}
+<p class=note>At each step: the spread of the regression's loss over videos, k times that, and the
+mean weight, averaged over training.</p>
+{"".join(others)}</body></html>
 """, encoding="utf-8")
     print(f"open {page}")
+
+
+def filled(readme, measured):
+    """The text with its three blocks as the measurements have them."""
+    main, *others = measured.conditions["questions"]
+    blocks = {"table": markdown(lines(measured, main)), "claims": markdown(verdicts(measured)),
+              "answers": "\n".join(f"- **{q['asks']}** {q['answer']}" for q in others)}
+    for name, block in blocks.items():
+        readme = re.sub(f"(<!-- ablation: {name} -->\n).*?(<!-- end -->)",
+                        lambda match: f"{match[1]}\n{block}\n\n{match[2]}", readme, flags=re.DOTALL)
+    return readme
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,27 +89,35 @@ def run(args):
 # ---------------------------------------------------------------------------------------------
 
 
-def titles(measured, rows):
-    return [measured.conditions["rows"][row]["title"] for row in rows]
+def lines(measured, question):
+    return cells(measured, question["rows"], question["columns"], question.get("differences", ()))
 
 
-def numbers(measured, rows, columns):
-    cells = [[escape(title), *(measured.cell(row, column) for column in columns)]
-             for row, title in zip(rows, titles(measured, rows))]
-    heads = ["", *(COLUMNS[column][0] for column in columns)]
-    return f"<div class=wide>{table('numbers', heads, cells)}</div>"
+def grid(lines):
+    heads, *rows = ([escape(cell) for cell in line] for line in lines)
+    return f"<div class=wide>{table('numbers', heads, rows)}</div>"
 
 
-def claims(measured):
-    rows = []
-    for claim in measured.conditions["claims"]:
-        if measured.has([test[side] for test in claim["tests"] for side in ("row", "against")]):
-            said, test, difference = verdict(measured, claim)
-            rows.append([escape(claim["says"]), f"<b>{escape(said)}</b>",
-                         f"{COLUMNS[test['column']][0]}: {difference}<br><small>"
-                         + " against ".join(map(escape, titles(
-                             measured, (test["row"], test["against"])))) + "</small>"])
-    return f"<div class=wide>{table('numbers', ['', 'verdict', 'difference'], rows)}</div>"
+def spreads(measured):
+    """How far k tells the videos apart, for every student that learns by regression."""
+    conditions, timesteps = measured.conditions, [f"{t:g}" for t in AVDConfig.timesteps]
+    table = [["", *(f"t = {t}" for t in timesteps)]]
+    for row in conditions["rows"]:
+        if not measured.has([row]) or "reg" not in (measured.results(row)[0].get("training") or {}):
+            continue
+        k = float((re.findall(r"--k (\S+)", conditions["students"][
+            conditions["rows"][row]["student"]].get("flags", "")) or [AVDConfig.k])[0])
+        means = [[np.mean([result["training"].get(f"{name}_{t}", np.nan)
+                           for result in measured.results(row)])
+                  for name in ("reg_std", "weight")] for t in timesteps]
+        table.append([title(measured, row), *(
+            f"{std:.3f}, {k * std:.2f}, {weight:.2f}" for std, weight in means)])
+    return table
+
+
+def section(measured, question):
+    return (f"<h2>{escape(question['asks'])}</h2><p>{escape(question['answer'])}</p>"
+            f"{grid(lines(measured, question))}{svg(draw(measured, question))}")
 
 
 def videos(args, conditions, rows):
@@ -117,43 +143,50 @@ def videos(args, conditions, rows):
 # ---------------------------------------------------------------------------------------------
 
 
-def draw(measured, rows, columns):
-    """A panel for each column: means of the rows with their intervals."""
+def draw(measured, question):
+    """A panel for each column: means of the rows with their intervals.
+
+    Where the question says which column is `x`, rows are points along it, and not lines.
+    """
+    rows, columns, along = question["rows"], question["plots"], question.get("x")
     with matplotlib.rc_context(CHART_STYLE):
-        figure = Figure(figsize=(1.6 + 2.2 * len(columns), 0.6 + 0.28 * len(rows)),
-                        layout="constrained")
-        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        height = 2.6 if along else 0.6 + 0.28 * len(rows)
+        figure = Figure(figsize=(1.6 + 2.2 * len(columns), height), layout="constrained")
+        panels = figure.subplots(1, len(columns), sharey=not along, squeeze=False)[0]
         for axes, column in zip(panels, columns):
-            for y, row in enumerate(rows):
+            for i, row in enumerate(rows):
                 mean, low, high = measured.of(row, column)
-                colour = COLOURS[1] if "student" in measured.conditions["rows"][row] else "#8a8f98"
-                axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour,
-                              markersize=4, capsize=2)
+                error = [[mean - low], [high - mean]]
+                if along:
+                    x = measured.of(row, along)[0]
+                    axes.errorbar(x, mean, error, fmt="o", color=COLOURS[i], markersize=4,
+                                  capsize=2, label=title(measured, row))
+                else:
+                    student = "student" in measured.conditions["rows"][row]
+                    axes.errorbar(mean, i, xerr=error, fmt="o", markersize=4, capsize=2,
+                                  color=COLOURS[1] if student else "#8a8f98")
             axes.set_title(COLUMNS[column][0], loc="left", fontsize="medium")
-        panels[0].set_yticks(range(len(rows)), titles(measured, rows))
-        panels[0].invert_yaxis()
+        if along:
+            panels[0].set_xlabel(COLUMNS[along][0], fontsize="small", loc="right")
+            panels[-1].legend(frameon=False, fontsize="small")
+        else:
+            panels[0].set_yticks(range(len(rows)), [title(measured, row) for row in rows])
+            panels[0].invert_yaxis()
         return figure
 
 
-def hardness(measured, rows):
-    """How the weights of the first row that has some depend on what a video is."""
-    conditions = measured.conditions
-    for row in rows:
-        results = [read_result(measured.folder, conditions, row, seed)
-                   for seed in conditions["seeds"]]
-        if results[0].get("weights"):
-            break
-    else:
+def hardness(measured):
+    """How the weights of the full method's student, after training, depend on what a video is."""
+    if not measured.has(["avd"]):
         return ""
-    timesteps = [f"t = {t:g}" for t in (1000, 900, 757, 522)]
-    mean = {kind: torch.tensor([r["weights"][kind] if kind in ("speed", "saturation")
-                                else r["weights"][kind]["weight"] for r in results]).mean(0)
-            for kind in results[0]["weights"]}
+    weights = [result["weights"] for result in measured.results("avd")]
+    timesteps = [f"t = {t:g}" for t in AVDConfig.timesteps]
+    mean = {kind: torch.tensor([w[kind] if kind in ("speed", "saturation") else w[kind]["weight"]
+                                for w in weights]).mean(0) for kind in weights[0]}
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(9, 2.6), layout="constrained")
         kinds, *by_value = figure.subplots(1, 3, sharey=True)
-        names = [kind for kind in mean if mean[kind].ndim == 1]
-        for colour, kind in zip(COLOURS, names):
+        for colour, kind in zip(COLOURS, (k for k in mean if mean[k].ndim == 1)):
             kinds.plot(timesteps, mean[kind], "o-", color=colour, label=kind)
         kinds.legend(frameon=False)
         kinds.set_title("weight w, by kind of video", loc="left", fontsize="medium")
@@ -162,7 +195,7 @@ def hardness(measured, rows):
                 axes.plot(range(1, 6), fifths, "o-", color=colour, label=timestep)
             axes.set_title(f"by fifths of {value}", loc="left", fontsize="medium")
         by_value[0].legend(frameon=False)
-    return svg(figure) + f"<p class=note>{escape(titles(measured, [row])[0])}, after training.</p>"
+    return svg(figure)
 
 
 def svg(figure):

@@ -10,6 +10,9 @@ from itertools import takewhile
 import torch
 import tyro
 
+INSTALLED_BY = dict.fromkeys(("diffusers", "transformers", "ftfy", "peft"), "-e '.[wan]'") | {
+    "tensorboard": "tensorboard"}
+
 
 def run(program, options, argv=None):
     """Parse `argv` into the dataclass `options`, call `program` with it, return an exit code.
@@ -41,9 +44,9 @@ def run(program, options, argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except ModuleNotFoundError as error:
-        if error.name not in ("diffusers", "transformers", "ftfy", "peft", "tensorboard"):
+        if error.name not in INSTALLED_BY:
             raise
-        fail(f"{error.name} is not installed; for Wan2.1: python -m pip install -e '.[wan]'")
+        fail(f"{error.name} is not installed; python -m pip install {INSTALLED_BY[error.name]}")
     except torch.OutOfMemoryError as error:
         fail(f"{error}; ask for smaller videos or smaller batches (--help has more that saves)")
     return 2

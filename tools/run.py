@@ -159,14 +159,15 @@ def loop(args, state, update, show):
             lines = (args.out / log).read_text().splitlines()[:start] if start else []
             (args.out / log).write_text("".join(line + "\n" for line in lines))
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
-               disable=not first)
-    saving, skips, waited, board = Saving(args), 0, 0, None
-    motion = deque(maxlen=20)  # against the data's
+    board = None
     if args.tensorboard and first:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(args.out)
-    with stop_requests() as requests:
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
+               disable=not first)
+    saving, skips, waited = Saving(args), 0, 0
+    motion = deque(maxlen=20)  # against the data's
+    with bar, stop_requests() as requests:
         for step in bar:
             began = time.perf_counter()
             metrics = mean_over_ranks(update(step))
