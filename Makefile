@@ -9,8 +9,12 @@ demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.htm
 test: .venv/all  ## all tests, on the CPU
 	$(RUN) -m pytest -q
 
-results: .venv/core  ## the README's table, about 25 minutes
-	$(RUN) -m tools.results
+ablation: .venv/core  ## the README's tables and docs/ablation, about five hours; goes on after a stop
+	$(RUN) -m tools.ablation
+	$(RUN) -m tools.ablation_report
+
+ablation-quick: .venv/core  ## one seed and 64 prompts of its main rows, in runs/ablation-quick
+	$(RUN) -m tools.ablation --quick
 
 weights: .venv/core  ## train the shipped teacher and interpolator again, about 40 minutes
 	$(RUN) train.py teacher --out runs/teacher --compile
@@ -32,4 +36,4 @@ bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5
 clean:  ## the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: demo test results weights bench-1.3b clean
+.PHONY: demo test ablation ablation-quick weights bench-1.3b clean

@@ -77,7 +77,8 @@ def filled(readme, measured):
     """The text with its three blocks as the measurements have them."""
     main, *others = measured.conditions["questions"]
     blocks = {"table": markdown(lines(measured, main)), "claims": markdown(verdicts(measured)),
-              "answers": "\n".join(f"- **{q['asks']}** {q['answer']}" for q in others)}
+              "answers": "\n".join(f"- **{q['asks']}** {q['answer']}" for q in others
+                                   if measured.has(q["rows"]))}
     for name, block in blocks.items():
         readme = re.sub(f"(<!-- ablation: {name} -->\n).*?(<!-- end -->)",
                         lambda match: f"{match[1]}\n{block}\n\n{match[2]}", readme, flags=re.DOTALL)
