@@ -14,6 +14,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -179,8 +180,6 @@ def distil(args, conditions, name, seed):
         if not (data / INDEX).is_file():
             write_shards(data, seed, **conditions["data"][student["data"]])
         argv += ["--data", str(data), "--gradient-checkpointing", "False"]
-    if "start" in student:  # from another student's weights
-        argv += ["--init-student", str(distil(args, conditions, student["start"], seed))]
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack, open(out / "log.txt", "w") as log:
         stack.enter_context(redirect_stdout(log))
@@ -441,17 +440,27 @@ def title(measured, row):
 
 def said(mean, low, high, sign=""):
     """A mean and half of its interval; without that where nothing varies."""
-    return f"{mean:{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else "")
+    return f"{round(mean, 3) + 0.0:{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else "")
+
+
+def number(measured, column, row, other=None):
+    """What a row has in a column, or by how much it differs from another row."""
+    if other is None:
+        return said(*measured.of(row, column))
+    return said(*measured.difference(row, other, column), "+")
 
 
 def cells(measured, rows, columns, differences=()):
     """A table's lines, heads first; `differences` of pairs of rows come last."""
+    shown = [(row,) for row in rows] + [tuple(pair) for pair in differences]
     return [["", *(COLUMNS[column][0] for column in columns)],
-            *([title(measured, row), *(said(*measured.of(row, column)) for column in columns)]
-              for row in rows),
-            *([f"{title(measured, row)} − {title(measured, other)}",
-               *(said(*measured.difference(row, other, column), "+") for column in columns)]
-              for row, other in differences)]
+            *([" − ".join(title(measured, row) for row in which),
+               *(number(measured, column, *which) for column in columns)] for which in shown)]
+
+
+def told(measured, text):
+    """The text, with numbers in place of each `{column row}` and `{column row other}`."""
+    return re.sub(r"\{(.+?)\}", lambda match: number(measured, *match[1].split()), text)
 
 
 def verdicts(measured):

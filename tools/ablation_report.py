@@ -22,9 +22,13 @@ from safetensors import safe_open
 from adavid import AVDConfig
 from tools import cli
 from tools.ablation import (
-    COLUMNS, CONDITIONS, RESULTS, Measurements, cells, markdown, read_conditions, title, verdicts)
+    COLUMNS, CONDITIONS, RESULTS, Measurements, cells, markdown, read_conditions, title, told,
+    verdicts)
 from tools.report import CHART_STYLE, INK, STYLE, moving_picture, shown_first, table
 
+WIDER = """body { max-width: 80rem } body > p { max-width: 48rem }
+.numbers { font-size: .75rem } figure svg { max-width: 60rem } .numbers td { white-space: nowrap } .numbers th { min-width: 0 }
+.words td { white-space: normal } .words th:not(:first-child), .words td { text-align: left }"""
 COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030", "#e0722f", "#d6336c")
 
 
@@ -58,12 +62,12 @@ def run(args):
     page = args.results / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>The ablation in the toy world</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{WIDER}</style></head>
 <body><h1>The ablation in the toy world</h1>
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are shares of real data's.</p>
 {first}
-<h2>The paper's claims</h2>{grid(verdicts(measured))}
+<h2>The paper's claims</h2>{grid(verdicts(measured), "words")}
 <h2>The same prompts, the same noise</h2>{videos(args, conditions, questions[0]["rows"])}
 <h2>What makes a video hard</h2>{hardness(measured)}{grid(spreads(measured))}
 <p class=note>At each step: the spread of the regression's loss over videos, k times that, and the
@@ -75,10 +79,11 @@ mean weight, averaged over training.</p>
 
 def filled(readme, measured):
     """The text with its three blocks as the measurements have them."""
-    main, *others = measured.conditions["questions"]
-    blocks = {"table": markdown(lines(measured, main)), "claims": markdown(verdicts(measured)),
-              "answers": "\n".join(f"- **{q['asks']}** {q['answer']}" for q in others
-                                   if measured.has(q["rows"]))}
+    questions = [q for q in measured.conditions["questions"] if measured.has(q["rows"])]
+    blocks = {"table": markdown(lines(measured, questions[0])),
+              "claims": markdown(verdicts(measured)),
+              "answers": "\n".join(f"- **{q['asks']}** {told(measured, q['answer'])}"
+                                   for q in questions)}
     for name, block in blocks.items():
         readme = re.sub(f"(<!-- ablation: {name} -->\n).*?(<!-- end -->)",
                         lambda match: f"{match[1]}\n{block}\n\n{match[2]}", readme, flags=re.DOTALL)
@@ -94,9 +99,9 @@ def lines(measured, question):
     return cells(measured, question["rows"], question["columns"], question.get("differences", ()))
 
 
-def grid(lines):
+def grid(lines, kind=""):
     heads, *rows = ([escape(cell) for cell in line] for line in lines)
-    return f"<div class=wide>{table('numbers', heads, rows)}</div>"
+    return f"<div class='wide {kind}'>{table('numbers', heads, rows)}</div>"
 
 
 def spreads(measured):
@@ -117,7 +122,8 @@ def spreads(measured):
 
 
 def section(measured, question):
-    return (f"<h2>{escape(question['asks'])}</h2><p>{escape(question['answer'])}</p>"
+    answer = escape(told(measured, question["answer"]))
+    return (f"<h2>{escape(question['asks'])}</h2><p>{answer}</p>"
             f"{grid(lines(measured, question))}{svg(draw(measured, question))}")
 
 
@@ -189,7 +195,8 @@ def hardness(measured):
         kinds, *by_value = figure.subplots(1, 3, sharey=True)
         for colour, kind in zip(COLOURS, (k for k in mean if mean[k].ndim == 1)):
             kinds.plot(timesteps, mean[kind], "o-", color=colour, label=kind)
-        kinds.legend(frameon=False)
+        kinds.legend(frameon=False, ncols=2, fontsize="x-small")
+        kinds.set_ylim(0, 1)
         kinds.set_title("weight w, by kind of video", loc="left", fontsize="medium")
         for axes, value in zip(by_value, ("speed", "saturation")):
             for colour, timestep, fifths in zip(COLOURS, timesteps, mean[value]):
