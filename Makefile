@@ -20,6 +20,12 @@ weights: .venv/core  ## train the shipped teacher and interpolator again, about 
 	$(RUN) train.py teacher --out runs/teacher --compile
 	$(RUN) train.py interpolator --out runs/interpolator
 
+bench: .venv/all  ## what things cost, counted and timed: ten minutes; writes the README's tables
+	$(RUN) -m tools.bench
+
+gpu-check: .venv/all  ## on a GPU: the kernels' tests and benchmark, a distillation; prints one block
+	$(RUN) -m tools.gpu_check
+
 bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5 GB of disk
 	$(RUN) -m tests.full_size
 
@@ -36,4 +42,4 @@ bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5
 clean:  ## the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: demo test ablation ablation-quick weights bench-1.3b clean
+.PHONY: demo test ablation ablation-quick weights bench gpu-check bench-1.3b clean

@@ -35,7 +35,7 @@ def temporal_variance(x):
     Raises ValueError unless x has those five dimensions, none of them empty.
     """
     check_video("x", x)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with torch.cuda.device(x.get_device()):  # Triton launches on the current device
         return backend(x).temporal_variance(x)
 
 
@@ -61,7 +61,7 @@ def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
         if len(sigma) not in (1, b):
             raise ValueError(f"sigma must hold one number or {b}, but holds {len(sigma)}")
         sigma = sigma.expand(b).contiguous()
-    with torch.cuda.device_of(x0):
+    with torch.cuda.device(x0.get_device()):
         return backend(x0).interpolate_frames(x0, blend, residual, noise, sigma)
 
 

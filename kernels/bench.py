@@ -1,7 +1,8 @@
 """`python -m kernels.bench`: the code the kernels become on five GPUs and, on a GPU, their speed.
 
-At Wan2.1's latent size, 16 x 21 x 60 x 104, in bfloat16. One line per launch, with the bytes it
-must move (the variance's forward ends in one more, torch's sum over programs); last, all as JSON.
+In bfloat16, on latents of 81 frames at 480p, or of several sizes where there is a GPU. One line for
+each compiled kernel, with the bytes it must move; one for each operation, with all it launches,
+forward and backward, in PyTorch and in Triton; last, everything as JSON.
 """
 
 import json
@@ -13,6 +14,8 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -21,11 +24,12 @@ from . import fused, reference
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+SIZES = {"480p": (1, 60, 104), "720p": (1, 90, 160), "beyond any L2": (32, 90, 160)}
 
 
-def wan_inputs(batch=1, device="cpu", dtype=torch.bfloat16):
+def wan_inputs(batch=1, height=60, width=104, device="cpu", dtype=torch.bfloat16):
     """Operation -> its arguments, the differentiable ones first."""
-    video = lambda c, f: torch.rand(batch, c, f, 60, 104, device=device).to(dtype)
+    video = lambda c, f: torch.rand(batch, c, f, height, width, device=device).to(dtype)
     sigma = torch.rand(batch, device=device)
     return {
         "temporal_variance": [video(16, 21).requires_grad_()],
@@ -65,8 +69,37 @@ def compiled(target, operation, inputs):
     return launches
 
 
+class Launches(TorchDispatchMode):
+    """Counts what PyTorch launches: operations that compute, and the bytes they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not op.is_view and "empty" not in op.__name__:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.count, self.bytes = self.count + 1, self.bytes + sum(x.nbytes for x in tensors)
+        return out
+
+
+def launch_report():
+    # Each has inputs of its own, or the second would add its gradients to the first one's.
+    for (operation, inputs), others in zip(wan_inputs().items(), wan_inputs().values()):
+        with Launches() as eager:
+            out = getattr(reference, operation)(*inputs)
+            out.backward(torch.empty_like(out))
+        with Launches() as beside:
+            ours = compiled(TARGETS["sm_90"], operation, others)
+        ways = {"eager": (eager.count, eager.bytes), "triton": (
+            len(ours) + beside.count, sum(size for _, size in ours) + beside.bytes)}
+        for way, (count, size) in ways.items():
+            yield {"operation": operation, "way": way, "launches": count, "bytes": size}
+
+
 def machine_code(kernel):
-    """Registers and scratch bytes (spills, local arrays) of a thread; its global accesses."""
+    """Registers and scratch bytes (spills, local arrays) of a thread; instructions; accesses."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -75,12 +108,15 @@ def machine_code(kernel):
             usage = subprocess.check_output(command, text=True)
         registers, scratch, wide = r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)", ".128"
         code, accesses = kernel.asm["sass"], {"loads": r"\bLDG\S*", "stores": r"\bSTG\S*"}
+        instruction = r"^\S+:.:.:.:\S+\s(?!NOP)"
     else:
         registers, scratch = r"\.vgpr_count: *(\d+)", r"\.private_segment_fixed_size: *(\d+)"
         code, wide, access = kernel.asm["amdgcn"], "dwordx4", r"\b(?:global|buffer)_%s_\w+"
         usage, accesses = code, {"loads": access % "load", "stores": access % "store"}
+        instruction = r"^\t(?:s|v|ds|global|buffer)_\w+"
     report = {"registers": int(re.search(registers, usage)[1])}
     report["scratch"] = sum(map(int, re.findall(scratch, usage)))
+    report["instructions"] = len(re.findall(instruction, code, re.MULTILINE))
     for kind, pattern in accesses.items():
         found = re.findall(pattern, code)
         report |= {kind: len(found), f"{kind}_16": sum(wide in access for access in found)}
@@ -94,28 +130,31 @@ def compile_report():
                 yield {"target": name, "kernel": kernel.name, "bytes": size} | machine_code(kernel)
 
 
-def timing_report(batch=64):
+def timing_report():
     """Milliseconds, and the share of a plain copy's speed, after a check against the reference."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source)) / 1e6
-    for operation, inputs in wan_inputs(batch, "cuda").items():
-        (_, once), (_, back) = compiled(TARGETS["sm_90"], operation, inputs)
-        eager, kernel = getattr(reference, operation), getattr(fused, operation)
-        torch.testing.assert_close(kernel(*inputs), eager(*inputs))
-        grad, leaves = torch.rand_like(eager(*inputs)), [x for x in inputs if x.requires_grad]
-        for way, run in {"eager": eager, "compile": torch.compile(eager), "triton": kernel}.items():
-            both = lambda: torch.autograd.grad(run(*inputs), leaves, grad)
-            passes = {"forward": (lambda: run(*inputs), once), "and backward": (both, once + back)}
-            for name, (call, size) in passes.items():
-                ms = triton.testing.do_bench(call)
-                row = {"operation": operation, "pass": name, "way": way, "bytes": size, "ms": ms}
-                yield row | {"GB/s": size / ms / 1e6, "of_copy": size / ms / 1e6 / copy}
+    for size, shape in SIZES.items():
+        for operation, inputs in wan_inputs(*shape, "cuda").items():
+            (_, once), (_, back) = compiled(TARGETS["sm_90"], operation, inputs)
+            eager, kernel = getattr(reference, operation), getattr(fused, operation)
+            torch.testing.assert_close(kernel(*inputs), eager(*inputs))
+            ways = {"eager": eager, "compile": torch.compile(eager), "triton": kernel}
+            grad, leaves = torch.rand_like(eager(*inputs)), [x for x in inputs if x.requires_grad]
+            for way, run in ways.items():
+                both = lambda: torch.autograd.grad(run(*inputs), leaves, grad)
+                passes = {"forward": (lambda: run(*inputs), once),
+                          "and backward": (both, once + back)}
+                for name, (call, moved) in passes.items():
+                    ms = triton.testing.do_bench(call)
+                    speed = {"ms": ms, "GB/s": moved / ms / 1e6, "of_copy": moved / ms / 1e6 / copy}
+                    yield {"operation": operation, "size": size, "pass": name, "way": way} | speed
 
 
 if __name__ == "__main__":
     report = {}
-    for part in [compile_report] + [timing_report] * torch.cuda.is_available():
+    for part in [compile_report, launch_report] + [timing_report] * torch.cuda.is_available():
         report[part.__name__] = []
         for row in part():
             report[part.__name__].append(row)

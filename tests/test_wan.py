@@ -78,7 +78,7 @@ def test_velocity_and_gradients_are_diffusers_from_every_layout(theirs, tmp_path
             assert (x.grad - x_grad).abs().max() <= 2e-5
             for name, p in ours.named_parameters():
                 error = (p.grad - grads[name]).abs().max()
-                assert error <= 1e-4 * grads[name].abs().max() + 1e-7, name
+                assert error <= 1e-4 * grads[name].abs().max() + 1e-6, name
 
 
 def test_bf16_is_within_bf16s_own_error(tmp_path):

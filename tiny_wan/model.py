@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,15 @@ def sinusoidal_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+@torch.compiler.assume_constant_result
+def rope(*shape):
+    """`rope_table`, which torch.compile takes as it is: it looks through a cache, and warns."""
+    return rope_table(*shape)
+
+
 @lru_cache(maxsize=16)
 def rope_table(f, h, w, head_dim, frame_stride, device):
-    """Cosines and sines `[f*h*w, head_dim/2]` of the 3D rotary embedding.
+    """Cosines and signed sines `[f*h*w, 1, head_dim]` of the 3D rotary embedding, for `rotate`.
 
     Frame, row and column own `d - 4 (d // 6)`, `2 (d // 6)` and `2 (d // 6)` of the d channels.
     Frames stand at positions 0, s, 2s, ...: at stride s a frame keeps its true place in time.
@@ -89,14 +96,19 @@ def rope_table(f, h, w, head_dim, frame_stride, device):
             rows[None, :, None].expand(f, h, w, -1),
             columns[None, None, :].expand(f, h, w, -1),
         ], dim=-1).flatten(0, 2)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
+        cos = torch.stack([angles.cos(), angles.cos()], dim=-1).flatten(1)[:, None]
+        sin = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(1)[:, None]
+        return cos.float().to(device), sin.float().to(device)
 
 
 def rotate(x, rope):
-    """Rotate each pair of neighbouring channels of `x` `[b, heads, tokens, d]` by its angle."""
+    """Rotate each pair of neighbouring channels of `x` `[b, tokens, heads, d]` by its angle.
+
+    (a, b) -> (a cos - b sin, b cos + a sin), where rolling the pair puts (b, a) beside (a, b).
+    """
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    swapped = x.float().unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
+    return torch.addcmul(x.float() * cos, swapped, sin).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -132,15 +144,21 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None):
         source = x if context is None else context
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(source)), self.v(source)
-        q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.num_heads) for y in (q, k, v))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def modulate(x, shift, scale):
     """adaLN, in float32: shift and scale are not rounded before they are applied."""
-    return (x.float() * (1 + scale) + shift).type_as(x)
+    return torch.addcmul(shift, x.float(), 1 + scale).type_as(x)
+
+
+def add_gated(x, y, gate):
+    """The residual, in float32."""
+    return torch.addcmul(x.float(), y.float(), gate).type_as(x)
 
 
 class Block(nn.Module):
@@ -159,10 +177,10 @@ class Block(nn.Module):
         """`x` `[b, tokens, dim]`, `e` `[b, 6, dim]` float32, `text` `[b, text_len, dim]`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)
         y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=rope)
-        x = (x.float() + y * gate1).type_as(x)
+        x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), context=text)
         y = self.ffn(modulate(self.norm2(x), shift2, scale2))
-        return (x.float() + y * gate2).type_as(x)
+        return add_gated(x, y, gate2)
 
 
 class Head(nn.Module):
@@ -212,8 +230,8 @@ class WanModel(nn.Module):
             raise ValueError(f"text is {list(text.shape)}, but must be [b, l, {c.text_dim}] with "
                              f"l at most {c.text_len}")
 
-        f, h, w = (n // m for n, m in zip(x.shape[2:], c.patch_size))
-        rope = rope_table(f, h, w, c.dim // c.num_heads, frame_stride, x.device)
+        f, h, w = (index(n // m) for n, m in zip(x.shape[2:], c.patch_size))
+        places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
         precise = self.time_embedding[0].weight.dtype
@@ -223,9 +241,9 @@ class WanModel(nn.Module):
 
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = recompute(block, tokens, e6, text, rope, use_reentrant=False)
+                tokens = recompute(block, tokens, e6, text, places, use_reentrant=False)
             else:
-                tokens = block(tokens, e6, text, rope)
+                tokens = block(tokens, e6, text, places)
         return rearrange(self.head(tokens, e), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
                          f=f, h=h, w=w, p=p, q=q, r=r).to(x.dtype)
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from adavid import AVDConfig
-from tools import cli
+from tools import cli, report
 from tools.ablation import (
     COLUMNS, CONDITIONS, RESULTS, Measurements, cells, markdown, read_conditions, title, told,
     verdicts)
@@ -80,14 +80,11 @@ mean weight, averaged over training.</p>
 def filled(readme, measured):
     """The text with its three blocks as the measurements have them."""
     questions = [q for q in measured.conditions["questions"] if measured.has(q["rows"])]
-    blocks = {"table": markdown(lines(measured, questions[0])),
-              "claims": markdown(verdicts(measured)),
-              "answers": "\n".join(f"- **{q['asks']}** {told(measured, q['answer'])}"
-                                   for q in questions)}
-    for name, block in blocks.items():
-        readme = re.sub(f"(<!-- ablation: {name} -->\n).*?(<!-- end -->)",
-                        lambda match: f"{match[1]}\n{block}\n\n{match[2]}", readme, flags=re.DOTALL)
-    return readme
+    return report.filled(readme, {
+        "ablation: table": markdown(lines(measured, questions[0])),
+        "ablation: claims": markdown(verdicts(measured)),
+        "ablation: answers": "\n".join(f"- **{q['asks']}** {told(measured, q['answer'])}"
+                                       for q in questions)})
 
 
 # ---------------------------------------------------------------------------------------------

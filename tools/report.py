@@ -180,6 +180,15 @@ def table(kind, heads, rows):
     return f"<table class={kind}><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
+def filled(text, blocks):
+    """A page's text, with `blocks` in place of what is between `<!-- name -->` and `<!-- end -->`.
+    """
+    for name, block in blocks.items():
+        text = re.sub(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)",
+                      lambda match: f"{match[1]}\n{block}\n\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
 def video_table(columns, prompts):
     """A column for each sampler; a row for each prompt, under its words."""
     heads = [f"<b>{c.name}</b><br>{c.how}<br>{c.forwards} forwards<br>{c.seconds:.2g} s"

@@ -1,0 +1,71 @@
+"""One graph, without a break: the model, a student's and a critic's step, the sampler."""
+
+import pytest
+import torch
+
+import adavid
+from tests.test_model import random_model
+from tiny_wan import WanConfig
+
+CONFIG = WanConfig(48, 96, 4, 2, in_dim=4, out_dim=4, text_dim=15, text_len=8)
+
+
+def inputs(f=5):
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, f, 4, 6, generator=g), torch.randn(2, 8, 15, generator=g)
+    return x, torch.tensor([1000.0, 522.0]), text
+
+
+def in_one_graph(function):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+@pytest.fixture
+def models():
+    return [random_model(CONFIG) for _ in range(3)]
+
+
+def test_the_model_at_any_length_and_frame_rate(models):
+    model, *_ = models
+    compiled = in_one_graph(model)
+    for f, stride in ((5, 1), (3, 2), (9, 1), (2, 4)):
+        x, t, text = inputs(f)
+        wanted, got = (m(x, t, text, frame_stride=stride) for m in (model, compiled))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+        gradients = []
+        for v in (wanted, got):
+            model.zero_grad()
+            v.square().mean().backward()
+            gradients.append(model.blocks[0].self_attn.q.weight.grad.clone())
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strides", [(1, 1, 1, 1), (2, 2, 1, 1)])
+def test_a_student_step_and_a_critic_step(models, strides):
+    student, teacher, critic = models
+    config, cache = adavid.AVDConfig(train_strides=strides), adavid.LossMeanCache(4)
+    interpolator = adavid.FrameInterpolator(4, 8)
+    real, _, text = inputs()
+
+    def student_step(step):
+        terms = adavid.student_losses(student, teacher, critic, cache, real, text, text[:1], step,
+                                      config, interpolator)
+        return sum(loss for loss, _ in terms)
+
+    def critic_step(x0):
+        return adavid.critic_loss(critic, x0, text, config)
+
+    for step in (0, 3):
+        in_one_graph(lambda: student_step(step))().backward()
+        assert student.head.head.weight.grad.isfinite().all() and cache.filled.any()
+    in_one_graph(critic_step)(real).backward()
+    assert critic.head.head.weight.grad.abs().sum() > 0
+
+
+def test_the_decoupled_sampler(models):
+    student, *_ = models
+    noise, _, text = inputs()
+    config, interpolator = adavid.AVDConfig(), adavid.FrameInterpolator(4, 8)
+    video = in_one_graph(adavid.sample)(student, noise, text, config, interpolator)
+    assert video.shape == noise.shape and video.isfinite().all()
