@@ -32,7 +32,8 @@ from tools import cli
 from tools.data import Prefetch, Shards, Toy
 from tools.lora import adapted
 from tools.media import thumbnails, write_contact_sheet
-from tools.run import agreed, descend, loop, rank, ranks, shard, start, stream, streams, whole
+from tools.ranks import agreed, rank, ranks, shard, start, whole
+from tools.run import descend, loop, stream, streams
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -51,6 +52,10 @@ class Run:
     """of the data, the noise and the first weights"""
     save_every: int = 100
     """steps between checkpoints"""
+    keep: int = 2
+    """checkpoints to keep: where the newest is damaged, the one before is used"""
+    keep_every: int | None = None
+    """keep those of each such number of steps, too"""
     sample_every: int = 100
     """steps between pictures of the fixed prompts"""
     tensorboard: bool = False
@@ -58,7 +63,7 @@ class Run:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
     # These may change in a resumed run.
-    free = {"out", "device", "save_every", "sample_every", "tensorboard"}
+    free = {"out", "device", "save_every", "keep", "keep_every", "sample_every", "tensorboard"}
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Training to the end, resuming, and what a wrong command says."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
 from tiny_wan import WanModel, checkpoint
-from tools import run
+from tools import run, saving
+from tools.saving import checkpoints
 
 ROOT = Path(train.__file__).parent
 
@@ -28,8 +30,8 @@ def distill(toy_folder, out, *flags, steps=2):
 
 
 def checkpoint_file(out):
-    """The one file of a run's newest, and only, checkpoint."""
-    file, = (out / "checkpoints").glob("*/*.safetensors")
+    """The one file of a run's newest checkpoint."""
+    file, = checkpoints(out)[-1].glob("*.safetensors")
     return file
 
 
@@ -187,16 +189,67 @@ def test_a_missing_or_damaged_teacher_gets_one_line(toy_folder, tmp_path, capsys
     assert "safetensors" in complaint(capsys, distill(tmp_path, tmp_path / "out"))
 
 
-def test_a_damaged_checkpoint_gets_one_line_and_stays(toy_folder, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(toy_folder, tmp_path, capsys):
+    flags = ["--save-every", 1, "--sample-every", 100]
+    distill(toy_folder, tmp_path / "whole", *flags, steps=3)
+    distill(toy_folder, tmp_path, *flags, steps=2)
+    newest = checkpoint_file(tmp_path)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert distill(toy_folder, tmp_path, *flags, steps=3) == 0
+    assert "checkpoints/000002" in (said := capsys.readouterr().out) and "damaged" in said
+    assert equal(tensors(tmp_path), tensors(tmp_path / "whole"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: next(folder.glob("*.safetensors")).unlink(),
+    lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"short"),
+    lambda folder: (folder / "state.json").write_text("{"),
+    lambda folder: (folder / "checksums-0.json").write_text("[1, 2]"),
+    lambda folder: (folder / "checksums-0.json").unlink()])
+def test_where_no_checkpoint_is_whole_they_are_named_and_stay(damage, toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
-    file = checkpoint_file(tmp_path)
-    file.write_bytes(file.read_bytes()[:2000])
-    assert "checkpoints/000001" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
-    save_file({"x": torch.zeros(1)}, file)
-    assert "checkpoints/000001" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
-    (file.parent / "state.json").write_text("{")
-    assert "state.json" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
-    assert file.exists()
+    damage(folder := checkpoints(tmp_path)[-1])
+    assert "delete them to start anew" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    assert folder.exists()
+
+
+def test_the_last_checkpoints_and_every_nth_are_kept(toy_folder, tmp_path):
+    distill(toy_folder, tmp_path, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--lambda-reg",
+            0, "--sample-every", 100, "--critic-updates", 0, steps=8)
+    assert [int(f.name) for f in checkpoints(tmp_path)] == [3, 6, 7, 8]
+
+
+def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays(
+        toy_folder, tmp_path, capsys, monkeypatch):
+    distill(toy_folder, tmp_path / "out", steps=1)
+    before = tensors(tmp_path / "out")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for broken in ("sync", "digest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, broken, full if broken == "sync" else saving.digest)
+            if broken == "digest":  # in the middle of a file
+                patch.setattr(saving.HuggingFaceStorageWriter, "write_data", full)
+            line = complaint(capsys, distill(toy_folder, tmp_path / "out", steps=2))
+        assert "No space left on device" in line and "checkpoint 000001 is untouched" in line
+        assert equal(tensors(tmp_path / "out"), before)
+        assert not list((tmp_path / "out" / "checkpoints").glob("*.part"))
+    assert distill(toy_folder, tmp_path / "out", steps=2) == 0
+
+
+def test_a_folder_that_vanishes_is_not_made_again(toy_folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    distill(toy_folder, out, steps=1)
+    monkeypatch.setattr(train.Pictures, "draw", lambda *_: out.rename(tmp_path / "gone") and None)
+    assert str(out) in complaint(capsys, distill(toy_folder, out, steps=2))
+    assert not out.exists() and checkpoints(tmp_path / "gone")
 
 
 def test_a_distillation_may_go_on_longer_and_never_into_its_teachers_folder(
@@ -235,9 +288,14 @@ def test_an_output_folder_that_is_a_file_gets_one_line(toy_folder, tmp_path, cap
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_path, capsys):
-    line = complaint(capsys, distill(toy_folder, tmp_path, "--lr", "1e30", steps=20))
-    assert "10 updates in a row" in line and "not finite" in line
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 1
+    code = distill(toy_folder, tmp_path, "--lr", "1e30", steps=20)
+    error = capsys.readouterr()
+    last = error.err.splitlines()[-1]
+    assert code == 2 and "10 updates in a row" in last and "not finite" in last
+    said, = (line for line in error.out.splitlines() if line.startswith("step 3: skipped"))
+    assert "kl" in said and "student_grad_norm" in said
+    log = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in log and json.loads(log.splitlines()[-1])["skipped"] == 1
 
 
 def test_help_explains_every_flag(capsys):

@@ -35,7 +35,8 @@ from sample import read_prompts
 from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from tools import cli
 from tools.data import INDEX, Prefetch
-from tools.run import rank, ranks, start, stop_requests
+from tools.ranks import rank, ranks, start
+from tools.run import stop_requests
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 TIMEOUT = 300  # seconds for one video

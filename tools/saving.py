@@ -1,0 +1,231 @@
+"""Checkpoints that outlive what happens to processes, disks and files.
+
+Each is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint, which any
+number of ranks can load, `state.json` with step and flags, and the files' checksums. It is written
+as `000123.part`, synced, and renamed: one that has its name was whole, and its checksums tell
+whether it still is.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from tiny_wan import checkpoint
+from tools.ranks import agreed, everyones, rank, ranks
+
+
+def named_tensors(state):
+    """{name: tensor} of all modules and optimizers: the very tensors, so that loading fills them.
+
+    A rank holds its parts of them.
+    """
+    tensors = {}
+    for name, part in state.items():
+        if isinstance(part, torch.optim.Optimizer):
+            for i, moments in part.state_dict()["state"].items():
+                tensors |= {f"{name}.{i}.{key}": value for key, value in moments.items()}
+        else:
+            tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+    return tensors
+
+
+class Saving:
+    """Writes checkpoints; with several ranks in the background, each its own parts."""
+
+    def __init__(self, args):
+        self.args, self.pending, self.pool = args, None, ThreadPoolExecutor(1)
+        # With a group of its own, or the loop's messages and a save's would be mistaken.
+        self.group = dist.new_group(backend="gloo") if ranks() > 1 else None
+
+    def begin(self, state, step):
+        """Start to write. OSError says what the disk said, and which checkpoint is still there."""
+        self.finish()
+        folder = self.args.out / "checkpoints" / f"{step:06d}"
+        part = folder.with_suffix(".part")
+        with self.complaints(part):
+            if rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
+                part.mkdir()
+                (part / "state.json").write_text(json.dumps({"step": step} | flags(self.args)))
+            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+            if ranks() > 1:
+                dist.barrier()
+                written = dcp.async_save(named_tensors(state), storage_writer=writer,
+                                         process_group=self.group)
+                self.pending = self.pool.submit(seal, part, written.result), folder
+            else:
+                with warnings.catch_warnings(action="ignore"):  # of having one process
+                    dcp.save(named_tensors(state), storage_writer=writer, no_dist=True)
+                seal(part)
+                self.publish(folder)
+
+    def poll(self):
+        """Publish what has been written meanwhile."""
+        if self.pending and self.pending[0].done():
+            self.finish()
+
+    def finish(self):
+        """Wait for what is being written."""
+        if self.pending:
+            (sealed, folder), self.pending = self.pending, None
+            with self.complaints(folder.with_suffix(".part")):
+                sealed.result()
+                self.publish(folder)
+
+    def publish(self, folder):
+        """When all ranks have sealed theirs the checkpoint gets its name, and older ones go."""
+        if rank() == 0:
+            part = folder.with_suffix(".part")
+            while len(list(part.glob(SUMS.format("*")))) < ranks():
+                time.sleep(0.1)
+            sync(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+            sync(folder.parent)
+            every = self.args.keep_every
+            for old in checkpoints(self.args.out)[:-self.args.keep]:
+                if not every or int(old.name) % every:
+                    shutil.rmtree(old)
+
+    @contextmanager
+    def complaints(self, part):
+        """Around what writes: one line, on every rank, and no half of a checkpoint in the way."""
+        try:
+            yield
+        except (OSError, dcp.api.CheckpointException) as error:
+            if isinstance(error, dcp.api.CheckpointException):  # has those of all ranks
+                error = next((e for e, _ in error.failures.values()), error)
+            shutil.rmtree(part, ignore_errors=True)
+            there = [f.name for f in checkpoints(self.args.out)]
+            kept = f"checkpoint {there[-1]} is untouched" if there else "there is no earlier one"
+            raise OSError(f"{part}: not written ({getattr(error, 'strerror', None) or error}); "
+                          f"{kept}") from None
+
+
+SUMS = "checksums-{}.json"
+
+
+def seal(part, wait=lambda: None):
+    """Sync this rank's files of a checkpoint, once they are written, and note their checksums."""
+    wait()
+    ours = list(part.glob(f"shard-{rank() + 1:05d}-*")) if ranks() > 1 else list(part.iterdir())
+    for file in ours:
+        sync(file)
+    sums = part / SUMS.format(rank())
+    sums.with_suffix(".part").write_text(json.dumps({file.name: digest(file) for file in ours}))
+    sync(sums.with_suffix(".part"))
+    os.replace(sums.with_suffix(".part"), sums)
+
+
+def sync(path):
+    """Onto the disk: a file, or the names in a folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows wants to write
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def digest(file):
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def checkpoints(out):
+    """The folders of a run's whole checkpoints, oldest first."""
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
+
+
+def flags(args):
+    """What must not change while a run goes on, with the videos of an update on all ranks."""
+    values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()
+              if k not in args.free}
+    if "avd" in values:
+        values |= vars(values.pop("avd"))
+    for name in ("batch_size", "accumulate"):
+        values.pop(name, None)
+    values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * ranks()
+    return {"flags": json.loads(json.dumps(values, default=str))}
+
+
+def resume(args, state):
+    """Load the newest whole checkpoint into `state`, if there is one; the step to go on with."""
+    found = agreed(checkpoints(args.out))
+    for folder in reversed(found):
+        if problem := damage(folder):
+            if rank() == 0:
+                print(f"note: {problem}; going on from the checkpoint before it")
+        else:
+            return load(args, state, folder)
+    if found:
+        raise ValueError(f"{args.out / 'checkpoints'}: none is whole; delete them to start anew")
+    return 0
+
+
+def damage(folder):
+    """What is wrong with a checkpoint's files, or None. Each rank reads a share of them."""
+    problem = None
+    try:
+        sums = {}
+        for file in folder.glob(SUMS.format("*")):
+            sums |= checkpoint.read_json(file)
+        if not sums:
+            problem = f"{folder}: has no checksums"
+        for name in sorted(sums)[rank()::ranks()]:
+            if digest(folder / name) != sums[name]:
+                problem = f"{folder / name}: damaged, its checksum is another"
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"{folder}: damaged ({error})"
+    return next(filter(None, everyones(problem)), None)
+
+
+def load(args, state, folder):
+    """Fill `state` from a checkpoint of this very run; its step."""
+    try:
+        saved = checkpoint.read_json(folder / "state.json")
+        then, now = saved["flags"], flags(args)["flags"]
+        if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now
+                       if now[k] != then.get(k)]:
+            raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed[:4])}); "
+                             f"repeat them to resume, or choose another --out")
+        reader = HuggingFaceStorageReader(str(folder))
+        there = reader.read_metadata().state_dict_metadata
+        for name, part in state.items():
+            if isinstance(part, torch.optim.Optimizer):
+                make_moments(name, part, there)
+        with warnings.catch_warnings(action="ignore"):  # of having one process
+            dcp.load(named_tensors(state), storage_reader=reader, no_dist=ranks() == 1)
+    except (KeyError, AttributeError, SafetensorError, dcp.api.CheckpointException,
+            RuntimeError) as error:
+        raise ValueError(f"{folder}: not a checkpoint of this run "
+                         f"({str(error).splitlines()[0]}); delete it to start anew") from None
+    return saved["step"]
+
+
+def make_moments(name, optimizer, there):
+    """Empty moments, as the optimizer would make them at its first step, to be filled."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for key, about in there.items():
+        if key.startswith(name + "."):
+            i, kind = key.removeprefix(name + ".").split(".")
+            like = parameters[int(i)]
+            moments.setdefault(int(i), {})[kind] = (
+                torch.zeros_like(like) if about.size == like.shape and like.ndim
+                else torch.zeros(about.size))
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
