@@ -26,6 +26,9 @@ bench: .venv/all  ## what things cost, counted and timed: ten minutes; writes th
 gpu-check: .venv/all  ## on a GPU: the kernels' tests and benchmark, a distillation; prints one block
 	$(RUN) -m tools.gpu_check
 
+torture: .venv/all  ## kill runs, fill disks and feed garbage: half an hour
+	$(RUN) -m tests.torture
+
 bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5 GB of disk
 	$(RUN) -m tests.full_size
 
@@ -42,4 +45,4 @@ bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5
 clean:  ## the environment and all runs
 	rm -rf .venv runs
 
-.PHONY: demo test ablation ablation-quick weights bench gpu-check bench-1.3b clean
+.PHONY: demo test ablation ablation-quick weights bench gpu-check torture bench-1.3b clean
