@@ -26,9 +26,10 @@ from tools.ablation import (
     verdicts)
 from tools.report import CHART_STYLE, INK, STYLE, moving_picture, shown_first, table
 
-WIDER = """body { max-width: 80rem } body > p { max-width: 48rem }
-.numbers { font-size: .75rem } figure svg { max-width: 60rem } .numbers td { white-space: nowrap } .numbers th { min-width: 0 }
-.words td { white-space: normal } .words th:not(:first-child), .words td { text-align: left }"""
+WIDER = """body { max-width: 92rem } body > p { max-width: 48rem }
+figure svg { max-width: 60rem } .numbers { font-size: .75rem } .numbers th { min-width: 0 }
+.numbers td { padding: .35rem .3rem; white-space: nowrap } .words td { white-space: normal }
+.words th:not(:first-child), .words td { text-align: left }"""
 COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030", "#e0722f", "#d6336c")
 
 
