@@ -389,19 +389,44 @@ def tables(figures):
                f"{row['outside']:.1%}", f"{row['peak'] / 1e6:,.0f} MB"]
               for size, both in rows.items() if size in SIZES | LARGE
               for name, row in both.items())])
-    if "sampler" in figures:
-        counted, times = figures["sampler"]["counted"], figures["sampler"]["slice_seconds"]
-        blocks["bench: sampler"] = markdown([
-            ["decoupled, of the full rate", "1.3B, counted", "14B, counted", "slice, timed"],
-            ["", *(f"{ratio:.3f}" for ratio in counted.values()),
-             f"{times['decoupled'] / times['full rate']:.3f}"]])
+    blocks["bench: others"] = "\n".join(f"- {line}" for line in others(figures))
     if "kernels" in figures:
-        columns = ("bytes", "registers", "scratch", "loads", "loads_16", "stores", "stores_16")
+        columns = ("bytes", "registers", "scratch", "instructions", "loads", "loads_16", "stores",
+                   "stores_16")
         blocks["bench: kernels"] = markdown([
             ["target", "kernel", *(column.replace("_16", " of 16 bytes") for column in columns)],
             *([row["target"], row["kernel"], *(f"{row[column]:,}" for column in columns)]
               for row in figures["kernels"]["compile_report"])])
     return blocks
+
+
+def others(figures):
+    """A sentence for each of the smaller parts."""
+    if "sampler" in figures:
+        small, large = figures["sampler"]["counted"].values()
+        times, pair = (figures["sampler"][name] for name in ("slice_seconds", "guided_pair_seconds"))
+        yield (f"The decoupled sampler takes {small:.3f} of the full rate's FLOPs at 1.3B and "
+               f"{large:.3f} at 14B, counted, and {times['decoupled'] / times['full rate']:.3f} of "
+               f"its time on a slice with 1.3B's share of attention, the interpolator included.")
+        yield (f"Guidance's two forwards take {pair['in one batch'] / pair['in sequence']:.2f} of "
+               f"their time when they go in one batch, so they go one after the other.")
+    if "compiled" in figures:
+        times = figures["compiled"]
+        yield (f"`torch.compile` takes the model, a student's step and the sampler as one graph; "
+               f"with inductor the toy's forward and backward take "
+               f"{times['inductor'] / times['eager']:.2f} of their time, after "
+               f"{times['compiling']:.0f} seconds.")
+    if "data" in figures:
+        times = figures["data"]
+        share = times["waited"] / times["seconds"]
+        yield f"Training from shards waits for data in {share:.1%} of its time."
+    if "demo" in figures:
+        yield f"`make demo` takes {figures['demo']['minutes']:.1f} minutes."
+    for rows in zip(*[iter(figures.get("kernels", {}).get("launch_report", ()))] * 2):
+        eager, ours = rows
+        yield (f"`{ours['operation']}`, forward and backward: {ours['launches']} launches and "
+               f"{ours['bytes'] / 1e6:.1f} MB, where plain PyTorch takes {eager['launches']} and "
+               f"{eager['bytes'] / 1e6:.1f} MB.")
 
 
 if __name__ == "__main__":
