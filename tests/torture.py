@@ -214,6 +214,10 @@ def disk_full():
         *_, last = log.read_text().splitlines()
         if code != 2 or "error: full/" not in last or os.strerror(errno.EFBIG) not in last:
             yield f"a full disk, after {limit} bytes: code {code}, {last}"
+    program_2, flags_2 = STAGES["encode"]
+    code, _ = ended(fork(program_2, [*flags_2, "--out", "full-encode"], log, 1000))
+    if code != 2 or "Traceback" in log.read_text():
+        yield f"a full disk while encoding: code {code}, {log.read_text()[-500:]}"
     code, _ = ended(fork(program, [*flags, "--out", out], log))
     yield from (f"after a full disk: {problem}" for problem in (
         [f"code {code}"] if code else differences(Path("distill-whole"), out)))
@@ -264,7 +268,8 @@ def damaged_safetensors(content, rng):
     header, body = json.loads(content[8:8 + length]), content[8 + length:]
     name = rng.choice([key for key in header if key != "__metadata__"])
     if way == 3:
-        header[name]["dtype"] = rng.choice(("F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "X"))
+        header[name]["dtype"] = rng.choice(
+            ("F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "X"))
     elif way == 4:
         header[name]["shape"] = rng.choice(([], [0], [2**62, 4], [-1], "x", [1.5], [2**31] * 3))
     elif way == 5:
@@ -274,8 +279,8 @@ def damaged_safetensors(content, rng):
             header[rng.choice(("", "x" * 100_000, "../x"))] = header.pop(name)
         else:
             metadata = header.setdefault("__metadata__", {})
-            metadata[rng.choice((*metadata, "avd", "prompts"))] = rng.choice(
-                ("{", "[" * 100_000, '{"k": "x"}', '{"timesteps": []}', '{"lr": 1e999}', "null", ""))
+            metadata[rng.choice((*metadata, "avd", "prompts"))] = rng.choice((
+                "{", "[" * 100_000, '{"k": "x"}', '{"timesteps": []}', '{"lr": 1e999}', "null", ""))
     else:
         start, end = header[name]["data_offsets"]
         number = rng.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff"))
@@ -284,8 +289,8 @@ def damaged_safetensors(content, rng):
     return len(text).to_bytes(8, "little") + text + body
 
 
-ODD = (None, -1, 0, 1, 2**70, 1e308, "", "x", "../../etc/passwd", "\0", "\ud800", [], {}, [[]], True,
-       "x" * 100_000, [0] * 1000, {"a": {"b": []}})
+ODD = (None, -1, 0, 1, 2**70, 1e308, "", "x", "../../etc/passwd", "\0", "\ud800", [], {}, [[]],
+       True, "x" * 100_000, [0] * 1000, {"a": {"b": []}})
 
 
 def damaged_json(content, rng):
@@ -294,8 +299,8 @@ def damaged_json(content, rng):
     if way == 0:
         return damaged_bytes(content, rng)
     if way == 1:
-        return rng.choice((b"[" * 200_000, b"null", b"3", b'"x"', b"[]", b"{}", b"NaN", b"", b"\xff\xfe",
-                           b"\xef\xbb\xbf" + content, content.decode().encode("utf-16")))
+        return rng.choice((b"[" * 200_000, b"null", b"3", b'"x"', b"[]", b"{}", b"NaN", b"",
+                           b"\xff\xfe", b"\xef\xbb\xbf" + content, content.decode().encode("utf-16")))
     value = json.loads(content)
     here, parents = value, []
     while isinstance(here, (dict, list)) and here and (not parents or rng.random() < 0.8):
@@ -318,9 +323,9 @@ def damaged_text(content, rng):
         lambda: b"a ball\n" * 3 + rng.randbytes(1000),
         lambda: content.decode().encode("utf-16"),
         lambda: content.decode().encode("latin-1") + b"caf\xe9",
-        lambda: "\n".join(["../../../tmp/x", "/etc/passwd", "-rf", "a/b\\c", "\u202e.mp4", "x" * 500,
-                           "\U0001f408" * 200, "CON", ".", "..", "a\tb\x07c", "a  ball", "a ball"]
-                          ).encode(),
+        lambda: "\n".join(["../../../tmp/x", "/etc/passwd", "-rf", "a/b\\c", "\u202e.mp4", "..",
+                           "x" * 500, "\U0001f408" * 200, "CON", ".", "a\tb\x07c", "a  ball",
+                           "a ball"]).encode(),
         lambda: b"\n\n \n", lambda: b"\0" * 1000, lambda: content * 50))()
 
 

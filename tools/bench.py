@@ -404,7 +404,7 @@ def others(figures):
     """A sentence for each of the smaller parts."""
     if "sampler" in figures:
         small, large = figures["sampler"]["counted"].values()
-        times, pair = (figures["sampler"][name] for name in ("slice_seconds", "guided_pair_seconds"))
+        times, pair = (figures["sampler"][f"{name}_seconds"] for name in ("slice", "guided_pair"))
         yield (f"The decoupled sampler takes {small:.3f} of the full rate's FLOPs at 1.3B and "
                f"{large:.3f} at 14B, counted, and {times['decoupled'] / times['full rate']:.3f} of "
                f"its time on a slice with 1.3B's share of attention, the interpolator included.")

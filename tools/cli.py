@@ -9,6 +9,7 @@ from itertools import takewhile
 
 import torch
 import tyro
+from safetensors import SafetensorError
 
 INSTALLED_BY = dict.fromkeys(("diffusers", "transformers", "ftfy", "peft"), "-e '.[wan]'") | {
     "tensorboard": "tensorboard"}
@@ -44,6 +45,8 @@ def run(program, options, argv=None):
         return 130
     except (ValueError, OSError) as error:
         fail(error)
+    except SafetensorError as error:  # what reads a file names it; this is a disk that is full
+        fail(f"a safetensors file could not be written: {error}")
     except ModuleNotFoundError as error:
         if error.name not in INSTALLED_BY:
             raise
