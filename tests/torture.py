@@ -300,7 +300,8 @@ def damaged_json(content, rng):
         return damaged_bytes(content, rng)
     if way == 1:
         return rng.choice((b"[" * 200_000, b"null", b"3", b'"x"', b"[]", b"{}", b"NaN", b"",
-                           b"\xff\xfe", b"\xef\xbb\xbf" + content, content.decode().encode("utf-16")))
+                           b"\xff\xfe", b"\xef\xbb\xbf" + content,
+                           content.decode().encode("utf-16")))
     value = json.loads(content)
     here, parents = value, []
     while isinstance(here, (dict, list)) and here and (not parents or rng.random() < 0.8):

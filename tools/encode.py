@@ -242,7 +242,8 @@ def read_video(file, frames, height, width, fps):
     """RGB in [0, 1] `[3, f, h, w]`: resampled, scaled and cropped. ValueError says why not."""
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
-        "-protocol_whitelist", "file,pipe", "-max_pixels", str(2**26), "-i", f"file:{file.resolve()}", "-map", "0:v:0",
+        "-protocol_whitelist", "file,pipe", "-max_pixels", str(2**26),
+        "-i", f"file:{file.resolve()}", "-map", "0:v:0",
         "-vf", f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
                f"crop={width}:{height}",
         "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
