@@ -440,7 +440,8 @@ def title(measured, row):
 
 def said(mean, low, high, sign=""):
     """A mean and half of its interval; without that where nothing varies."""
-    return f"{round(mean, 3) + 0.0:{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else "")
+    half = f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else ""
+    return f"{round(mean, 3) + 0.0:{sign}.3f}{half}"
 
 
 def number(measured, column, row, other=None):

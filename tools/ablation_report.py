@@ -63,8 +63,8 @@ def run(args):
     page = args.results / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>The ablation in the toy world</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{WIDER}</style></head>
-<body><h1>The ablation in the toy world</h1>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}
+{WIDER}</style></head><body><h1>The ablation in the toy world</h1>
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are shares of real data's.</p>
 {first}
