@@ -46,7 +46,8 @@ RUNS = {"dmd": ("DMD", "#e0722f"), "avd": ("AVD", "#3b82d6")}
 TIMESTEP_COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030")
 INK = "#010203"  # in charts: the page's own colour of text, light or dark
 CHART_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "the same", "axes.spines.top": False,
-               "axes.spines.right": False, "axes.linewidth": 0.5, "legend.fontsize": "small"} | dict.fromkeys(
+               "axes.spines.right": False, "axes.linewidth": 0.5,
+               "legend.fontsize": "small"} | dict.fromkeys(
     ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
