@@ -453,7 +453,7 @@ def number(measured, column, row, other=None):
 
 def cells(measured, rows, columns, differences=()):
     """A table's lines, heads first; `differences` of pairs of rows come last."""
-    shown = [(row,) for row in rows] + [tuple(pair) for pair in differences]
+    shown = [*([row] for row in rows), *differences]
     return [["", *(COLUMNS[column][0] for column in columns)],
             *([" − ".join(title(measured, row) for row in which),
                *(number(measured, column, *which) for column in columns)] for which in shown)]

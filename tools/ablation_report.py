@@ -55,9 +55,9 @@ def main(argv=None):
 def run(args):
     conditions = read_conditions(args.conditions)
     measured = Measurements(conditions, args.results)
+    questions = answered(measured)
     args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), measured),
                            encoding="utf-8")
-    questions = [q for q in conditions["questions"] if measured.has(q["rows"])]
     draw(measured, questions[0]).savefig(args.results / "figure.png", dpi=110)
     first, *others = (section(measured, question) for question in questions)
     page = args.results / "report.html"
@@ -78,9 +78,19 @@ mean weight, averaged over training.</p>
     print(f"open {page}")
 
 
+def answered(measured):
+    """The questions whose rows are all measured. ValueError where the main one is not among them.
+    """
+    main, *others = measured.conditions["questions"]
+    if not measured.has(main["rows"]):
+        raise ValueError(f"{measured.folder}: not all of the main rows are measured there; "
+                         f"`python -m tools.ablation` goes on with them")
+    return [main, *(question for question in others if measured.has(question["rows"]))]
+
+
 def filled(readme, measured):
     """The text with its three blocks as the measurements have them."""
-    questions = [q for q in measured.conditions["questions"] if measured.has(q["rows"])]
+    questions = answered(measured)
     blocks = {"table": markdown(lines(measured, questions[0])),
               "claims": markdown(verdicts(measured)),
               "answers": "\n".join(f"- **{q['asks']}** {told(measured, q['answer'])}"
