@@ -9,7 +9,7 @@ demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.htm
 test: .venv/all  ## all tests, on the CPU
 	$(RUN) -m pytest -q
 
-ablation: .venv/core  ## the README's tables and docs/ablation, about five hours; goes on after a stop
+ablation: .venv/core  ## the README's tables and docs/ablation, about six hours; goes on after a stop
 	$(RUN) -m tools.ablation
 	$(RUN) -m tools.ablation_report
 

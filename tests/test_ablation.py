@@ -206,6 +206,16 @@ def test_the_page_stands_alone_and_the_readme_gets_its_tables(folder):
     assert "- **Where do frames stand?** Where they were." in answers and "old" not in answers
 
 
+def test_a_page_without_its_main_rows_gets_one_line(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "results" / "dmd-1.json").unlink()
+    readme = copy / "README.md"
+    readme.write_text("as it was")
+    code = ablation_report.main([*flags(copy), "--readme", str(readme)])
+    assert "python -m tools.ablation" in complaint(capsys, code)
+    assert readme.read_text() == "as it was"
+
+
 def test_the_readme_says_what_the_committed_measurements_say():
     """`python -m tools.ablation_report` would change nothing."""
     measured = ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),

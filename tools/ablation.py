@@ -440,7 +440,8 @@ def title(measured, row):
 
 def said(mean, low, high, sign=""):
     """A mean and half of its interval; without that where nothing varies."""
-    return f"{round(mean, 3) + 0.0:{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else "")
+    half = f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else ""
+    return f"{round(mean, 3) + 0.0:{sign}.3f}{half}"
 
 
 def number(measured, column, row, other=None):
@@ -452,7 +453,7 @@ def number(measured, column, row, other=None):
 
 def cells(measured, rows, columns, differences=()):
     """A table's lines, heads first; `differences` of pairs of rows come last."""
-    shown = [(row,) for row in rows] + [tuple(pair) for pair in differences]
+    shown = [*([row] for row in rows), *differences]
     return [["", *(COLUMNS[column][0] for column in columns)],
             *([" − ".join(title(measured, row) for row in which),
                *(number(measured, column, *which) for column in columns)] for which in shown)]

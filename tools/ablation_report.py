@@ -55,16 +55,16 @@ def main(argv=None):
 def run(args):
     conditions = read_conditions(args.conditions)
     measured = Measurements(conditions, args.results)
+    questions = answered(measured)
     args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), measured),
                            encoding="utf-8")
-    questions = [q for q in conditions["questions"] if measured.has(q["rows"])]
     draw(measured, questions[0]).savefig(args.results / "figure.png", dpi=110)
     first, *others = (section(measured, question) for question in questions)
     page = args.results / "report.html"
     page.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>The ablation in the toy world</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{WIDER}</style></head>
-<body><h1>The ablation in the toy world</h1>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}
+{WIDER}</style></head><body><h1>The ablation in the toy world</h1>
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are shares of real data's.</p>
 {first}
@@ -78,9 +78,19 @@ mean weight, averaged over training.</p>
     print(f"open {page}")
 
 
+def answered(measured):
+    """The questions whose rows are all measured. ValueError where the main one is not among them.
+    """
+    main, *others = measured.conditions["questions"]
+    if not measured.has(main["rows"]):
+        raise ValueError(f"{measured.folder}: not all of the main rows are measured there; "
+                         f"`python -m tools.ablation` goes on with them")
+    return [main, *(question for question in others if measured.has(question["rows"]))]
+
+
 def filled(readme, measured):
     """The text with its three blocks as the measurements have them."""
-    questions = [q for q in measured.conditions["questions"] if measured.has(q["rows"])]
+    questions = answered(measured)
     return report.filled(readme, {
         "ablation: table": markdown(lines(measured, questions[0])),
         "ablation: claims": markdown(verdicts(measured)),

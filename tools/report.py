@@ -45,8 +45,9 @@ DURATIONS = [125] * (world.FRAMES - 1) + [625]  # milliseconds: a rest before it
 RUNS = {"dmd": ("DMD", "#e0722f"), "avd": ("AVD", "#3b82d6")}
 TIMESTEP_COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030")
 INK = "#010203"  # in charts: the page's own colour of text, light or dark
-CHART_STYLE = {"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
-               "axes.linewidth": 0.5, "legend.fontsize": "small"} | dict.fromkeys(
+CHART_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "the same", "axes.spines.top": False,
+               "axes.spines.right": False, "axes.linewidth": 0.5,
+               "legend.fontsize": "small"} | dict.fromkeys(
     ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
