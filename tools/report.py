@@ -271,8 +271,8 @@ def curves(logs):
 
 
 def curve(log, name):
-    """Steps and values, where the run logged them."""
-    points = [(line["step"], line[name]) for line in log if name in line]
+    """Steps and values, where the run logged them; a value that was not finite is null."""
+    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
