@@ -85,6 +85,11 @@ def test_prompts_are_escaped():
     assert not tags.count("script") and page.count("&lt;script&gt; &quot;&amp;") == 2
 
 
+def test_a_value_that_was_not_finite_is_no_point_of_a_curve():
+    log = [{"step": 0, "kl": 1.0}, {"step": 1, "kl": None}, {"step": 2}, {"step": 3, "kl": 2.0}]
+    assert report.curve(log, "kl") == ([0, 3], [1.0, 2.0])
+
+
 @pytest.mark.parametrize("broken", ["missing", "log", "weights"])
 def test_a_folder_without_a_whole_demo_is_one_line(folder, toy_folder, tmp_path, capsys, broken):
     out = tmp_path / "out"
