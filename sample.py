@@ -7,7 +7,7 @@ Writes one mp4 for each prompt and a contact sheet of the first ones.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from tools.media import file_names, thumbnails, write_contact_sheet, write_video
 
 WEIGHTS = Path(__file__).parent / "tiny_wan" / "weights"
 SHOWN = 16  # rows of the contact sheet
+LONGEST = 10_000  # characters of a prompt
 
 
 @dataclass
@@ -163,11 +164,13 @@ def run(args):
 def read_prompts(path):
     """The non-empty lines of a text file. ValueError where it is not one."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
     if not any(lines):
         raise ValueError(f"{path}: no prompts in it; write one on each line")
+    if (longest := max(map(len, lines))) > LONGEST:
+        raise ValueError(f"{path}: a line of {longest} characters is no prompt")
     return [line for line in lines if line]
 
 
@@ -175,9 +178,22 @@ def load_config(path):
     """The paper's AVDConfig, with what the weights at `path` say otherwise."""
     numbers = checkpoint.read_metadata(path).get("avd", "{}")
     try:
-        return adavid.AVDConfig.from_json(numbers)
-    except (ValueError, TypeError, AttributeError) as error:
+        config = adavid.AVDConfig.from_json(numbers)
+        for name, value in asdict(config).items():
+            like = getattr(adavid.AVDConfig, name)
+            if not same_kind(value, like):
+                raise ValueError(f"{name} is {value}, where {like} would do")
+        return config
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path}: the numbers in its metadata make no sense ({error})") from None
+
+
+def same_kind(value, like):
+    """Whether a number stands where there was one, a pair for a pair, more for more than two."""
+    if isinstance(like, tuple):
+        return (isinstance(value, tuple) and (len(value) == len(like) or len(like) > 2)
+                and all(same_kind(number, 0.5) for number in value))
+    return type(value) in (int, type(like)) and abs(value) < 1e9
 
 
 def load_interpolator(path, device):
@@ -187,7 +203,7 @@ def load_interpolator(path, device):
         return None
     try:
         interpolator = adavid.FrameInterpolator.from_pretrained(file)
-    except (SafetensorError, KeyError, RuntimeError):
+    except (SafetensorError, KeyError, RuntimeError, ValueError):
         raise ValueError(f"{file}: damaged, or not a frame interpolator's file") from None
     return interpolator.to(device).requires_grad_(False)
 

@@ -12,6 +12,7 @@ same command again goes on where it stopped, and ends with the very weights of a
 
 import copy
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -203,10 +204,11 @@ def train_teacher(args):
 
         loss.backward()
         lr = warmed_up_and_decayed(args, step)
-        norm = descend(model, (muon, adamw), lr, max_norm=1.0)
+        norm = descend(model, (muon, adamw), lr, 1.0, loss.item())
         decay = min(args.ema, (step + 1) / (step + 30))  # the first weights are soon forgotten
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        if math.isfinite(norm):
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         return logged(norm, loss=loss.item(), grad_norm=norm, lr=lr)
 
     def sample(noise, text):
@@ -243,7 +245,7 @@ def train_interpolator(args):
         loss.backward()
         mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2
         lr = warmed_up_and_decayed(args, step)
-        norm = descend(model, (optimizer,), lr, max_norm=1.0)
+        norm = descend(model, (optimizer,), lr, 1.0, loss.item())
         return logged(norm, loss=loss.item(), grad_norm=norm, lr=lr, waited=fetch.waited,
                       plain_mean=F.mse_loss(mean, x0[:, :, 1::2]).item())
 
@@ -323,7 +325,7 @@ def distill(args):
             part = adavid.critic_loss(critic, x0, text, config, generator) / args.accumulate
             part.backward()
             loss += part.item()
-        norm = descend(critic, (critic_optimizer,), config.critic_lr, config.grad_clip)
+        norm = descend(critic, (critic_optimizer,), config.critic_lr, config.grad_clip, loss)
         return logged(norm, critic=loss, critic_grad_norm=norm)
 
     def update_student(number):
@@ -339,8 +341,9 @@ def distill(args):
                 part |= terms | {"loss": part["loss"] + loss.detach()}
             videos.append((part.pop("x0"), text, generator))
             parts.append(part)
-        norm = descend(student, (student_optimizer,), config.lr, config.grad_clip)
         parts = {name: torch.cat([part[name].view(-1) for part in parts]) for name in parts[0]}
+        norm = descend(student, (student_optimizer,), config.lr, config.grad_clip,
+                       parts["loss"].sum().item())
         cache.load_state_dict(means)
         metrics = logged(norm, student_grad_norm=norm, rollout_step=step)
         if not metrics.get("skipped"):
@@ -366,7 +369,8 @@ def distill(args):
         for number in range(first, first + config.critic_updates):
             if number > first and not args.one_rollout:
                 videos = rollouts(number)
-            metrics |= update_critic(videos)
+            metrics |= {name: value for name, value in update_critic(videos).items()
+                        if math.isfinite(metrics.get(name, 0))}  # one that is not finite stays
         return metrics | {"waited": fetch.waited}
 
     def sample(noise, text):
@@ -503,7 +507,7 @@ def warmed_up_and_decayed(args, step):
 
 def logged(norm, **metrics):
     """The metrics of an update, which a norm that is not finite has skipped."""
-    return metrics if torch.tensor(norm).isfinite() else metrics | {"skipped": 1}
+    return metrics if math.isfinite(norm) else metrics | {"skipped": 1}
 
 
 if __name__ == "__main__":

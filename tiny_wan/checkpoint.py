@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 
 LAYOUTS = ("original", "diffusers", "comfyui")
 FILE = "diffusion_pytorch_model.safetensors"
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 COMFYUI_PREFIX = "model.diffusion_model."
 SHARD_BYTES = 5 * 10**9
+MOST_JSON = 10**8  # bytes
+MOST = 2**16  # of what config.json counts: a damaged one must not ask for terabytes
 
 DIFFUSERS_NAMES = {  # the norms really do swap
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -97,6 +100,8 @@ def weight_files(path):
 
 def read_json(file, text=None):
     """The JSON object in a file, or in a text from it. ValueError where it holds none."""
+    if text is None and file.stat().st_size > MOST_JSON:
+        raise ValueError(f"{file}: larger than any such file")
     try:
         value = json.loads(file.read_text(encoding="utf-8") if text is None else text)
     except (ValueError, RecursionError) as error:
@@ -107,10 +112,15 @@ def read_json(file, text=None):
 
 
 def open_weights(file):
+    """A safetensors file, to be read tensor by tensor. ValueError where it is damaged."""
     try:
-        return safe_open(file, framework="pt")
+        weights = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    for name in weights.keys():
+        if 0 in weights.get_slice(name).get_shape():
+            raise ValueError(f"{file}: {name!r} is empty")
+    return weights
 
 
 def read_metadata(path):
@@ -179,7 +189,7 @@ def read_config(path):
         if name in told and value != told[name]:
             raise ValueError(f"{file}: {name} is {value}, but the tensors' shapes say {told[name]}")
         if name in assumed:
-            if type(value) is not type(assumed[name]) or value <= 0:
+            if type(value) is not type(assumed[name]) or not 0 < value <= MOST:
                 raise ValueError(f"{file}: {name} is {value!r}")
             assumed[name] = value
     if assumed["num_layers"] > blocks:
@@ -206,8 +216,13 @@ def read_weights(path, expected, convert):
     for file in weight_files(path):
         with open_weights(file) as weights:
             for key in weights.keys():
+                tensor = weights.get_tensor(key)
+                if tensor.dtype not in DTYPES:
+                    raise ValueError(f"{file}: {key!r} is {tensor.dtype}, not one of {DTYPES}")
+                if not tensor.sum(dtype=torch.float32).isfinite():
+                    raise ValueError(f"{file}: {key!r} is not finite")
                 name = original_name[key.removeprefix(COMFYUI_PREFIX)]
-                tensors[name] = convert(name, weights.get_tensor(key))
+                tensors[name] = convert(name, tensor)
     return tensors
 
 

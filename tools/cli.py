@@ -73,7 +73,10 @@ class Stopwatch:
 
 
 def fail(message):
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    """One line on stderr, however long the value that it quotes."""
+    line = " ".join(str(message).split())
+    line = line if len(line) < 1000 else f"{line[:500]} ... {line[-400:]}"
+    print("error:", line, file=sys.stderr)
 
 
 def pick_device(name):

@@ -6,7 +6,6 @@ and resuming.
 
 import json
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,16 +46,19 @@ class Shards:
             raise ValueError(f"{file}: no such file; run tools.encode again if it has not ended")
         index = checkpoint.read_json(file)
         try:
-            self.latent_shape, shards = tuple(index["latent_shape"]), index["shards"]
-            self.items = [(s["file"], i) for s in shards for i in range(s["count"])]
+            self.latent_shape = tuple(index["latent_shape"])
             self.has_videos = bool(index["has_videos"])
-        except (KeyError, TypeError) as error:
+            counts = {str(shard["file"]): int(shard["count"]) for shard in index["shards"]}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file}: not an index of tools.encode ({error!r})") from None
-        if not self.items:
+        if [type(n) for n in self.latent_shape] != [int] * 4 or not all(
+                0 < n < 2**16 for n in self.latent_shape):
+            raise ValueError(f"{file}: latent_shape is {self.latent_shape}, not c f h w")
+        if not counts:
             raise ValueError(f"{file}: there is nothing in these shards")
         [null_shape] = self.shapes("null_text.safetensors", "null_text")
-        for name, count in Counter(name for name, _ in self.items).items():
-            if not isinstance(name, str) or Path(name).name != name:
+        for name, count in counts.items():
+            if Path(name).name != name:
                 raise ValueError(f"{file}: {name!r} is not the name of a file beside it")
             text, *latents = self.shapes(name, "text", *["latents"] * self.has_videos)
             if [text[0], *text[2:]] != [count, null_shape[2]] or any(
@@ -65,6 +67,9 @@ class Shards:
                                  f"text is {text}" + "".join(f", latents {x}" for x in latents))
         with checkpoint.open_weights(self.folder / "null_text.safetensors") as tensors:
             self.null_text = tensors.get_tensor("null_text").float()
+        if len(self.null_text) != 1 or not self.null_text.isfinite().all():
+            raise ValueError(f"{self.folder}/null_text.safetensors: not one finite embedding")
+        self.items = [(name, i) for name, count in counts.items() for i in range(count)]
         self.orders = {}
 
     def shapes(self, name, *tensors):

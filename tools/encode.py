@@ -130,7 +130,7 @@ def run(args):
                 except ValueError as error:
                     entry = {"video": name, "reason": str(error), "settings": settings}
                     with open(log, "a", encoding="utf-8") as file:
-                        print(json.dumps(entry), file=file)
+                        print(f"\n{json.dumps(entry)}", file=file)  # the last one may be cut
                     continue
                 pending.append((name, caption, encode(caption), latents))
                 if len(pending) == args.shard_size:
@@ -204,7 +204,8 @@ def exclusion(file):
 
 def plain(text):
     """For comparing: lower case, single spaces, no punctuation at the ends."""
-    return re.sub(r"^\W+|\W+$", "", " ".join(text.lower().split()))
+    found = re.search(r"\w.*\w|\w", " ".join(text.lower().split()))
+    return found[0] if found else ""
 
 
 def read_captions(file):
@@ -291,20 +292,24 @@ def what_is_done(out, settings):
     for file in sorted(out.glob("shard-*.safetensors")):
         with checkpoint.open_weights(file) as shard:
             about = shard.metadata() or {}
-        then = checkpoint.read_json(file, about.get("settings", "{}"))
-        changed = [f"{k} was {str(then.get(k)):.60}, now {str(settings[k]):.60}"
-                   for k in settings if then.get(k) != settings[k]]
+        try:
+            then, *rows = (json.loads(about[key]) for key in ("settings", "videos", "prompts"))
+            changed = [f"{k} was {str(then.get(k)):.60}, now {str(settings[k]):.60}"
+                       for k in settings if then.get(k) != settings[k]]
+            shards[file.name] = {str(name): str(caption) for name, caption in zip(*rows)}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{file}: not a shard of tools.encode; delete it, and what it held "
+                             f"is encoded again") from None
         if changed:
             raise ValueError(f"{file}: was encoded with other settings ({'; '.join(changed)}); "
                              f"repeat them, or choose another --out")
-        shards[file.name] = dict(zip(json.loads(about["videos"]), json.loads(about["prompts"])))
     for file in sorted(out.glob("broken-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
                 if entry["settings"] == settings:  # too short for others may be enough for these
-                    broken[entry["video"]] = entry["reason"]
-            except (ValueError, KeyError, TypeError):
+                    broken[entry["video"]] = str(entry["reason"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 pass  # the line that an interruption cut: its video is tried again
     return shards, broken
 

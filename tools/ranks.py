@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import time
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -105,21 +104,30 @@ def mean_over_ranks(metrics):
 # Ranks that die
 # ---------------------------------------------------------------------------------------------
 
-BEAT, PATIENCE = 5, 40  # seconds
+BEAT, PATIENCE, DONE = 5, 40, 2**40  # seconds, seconds, and beats of a rank that has ended
 
 
 class Watch:
-    """Ends this process when another rank has died, for which it would wait in vain.
+    """Around the loop: ends this process when another rank has died, for which it would wait.
 
     Each rank beats, by a counter of its own in torchrun's store. Once one stands still for
     PATIENCE seconds the others name it and leave, so that torchrun can end, or start all anew.
     """
 
-    def __init__(self):
+    def __enter__(self):
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         if "MASTER_PORT" in os.environ and ranks() > 1:
             self.thread.start()
+
+    def __exit__(self, kind, error, _):
+        """A collective that fails, as gloo's do at once, is one line as well."""
+        if isinstance(error, RuntimeError) and re.search("gloo|NCCL|c10d", str(error)):
+            self.leave("the connection to another rank broke; torchrun says below which one failed")
+        if error is None or isinstance(error, SystemExit):  # as on all ranks: none need wait for us
+            self.ended.set()
+            if self.thread.is_alive():
+                self.thread.join()
 
     def watch(self):
         keys = [f"beat/{attempt()}/{i}" for i in range(ranks())]
@@ -136,29 +144,10 @@ class Watch:
                     elif now - seen[key][1] > PATIENCE and beats < DONE:
                         self.leave(f"rank {i} has died, or hangs")
             store.add(keys[rank()], DONE)
-        except (dist.DistError, RuntimeError):
+        except RuntimeError:
             if not self.ended.is_set():
                 self.leave("torchrun's store is gone, and with it the first node")
-
-    @contextmanager
-    def lost(self):
-        """Around the loop: a collective that fails, as gloo's do at once, is one line as well."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not re.search("gloo|NCCL|c10d", str(error)):
-                raise
-            self.leave("the connection to another rank broke; torchrun says below which one failed")
 
     def leave(self, why):
         cli.fail(f"{why}; the same command goes on from the last checkpoint")
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts
-
-    def end(self):
-        """This rank is done, and the others need not wait for it."""
-        self.ended.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-
-DONE = 2**40

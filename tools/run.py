@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from tiny_wan import checkpoint
 from tools.ranks import Watch, agreed, everyones, mean_over_ranks, rank, ranks, whole
 from tools.saving import Saving, resume
 
@@ -38,20 +39,26 @@ def streams(seed, purpose, numbers):
     return [stream(seed, purpose, i) for i in numbers]
 
 
-def descend(model, optimizers, lr, max_norm):
-    """One step down the gradients that are there -> their norm; none where that is not finite."""
+def descend(model, optimizers, lr, max_norm, loss):
+    """One step down the gradients that are there -> their norm.
+
+    Where that, or any rank's loss, is not finite, nothing changes, and the norm is nan.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     for p in parameters:
         if ranks() > 1 and not hasattr(p, "full_tensor"):  # FSDP has averaged its own
             dist.all_reduce(p.grad)
             p.grad /= ranks()
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
-    for optimizer in optimizers if torch.tensor(norm).isfinite() else ():
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
+    bad = torch.tensor(not math.isfinite(norm + loss), dtype=torch.float)
+    if ranks() > 1:
+        dist.all_reduce(bad)
     for optimizer in optimizers:
+        if not bad:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
         optimizer.zero_grad()
-    return norm
+    return math.nan if bad else norm
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,13 +89,14 @@ def loop(args, state, update, show):
         board = SummaryWriter(args.out)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
                disable=not first)
-    saving, watch, skips, waited = Saving(args), Watch(), 0, 0
+    saving, skips, waited = Saving(args), 0, 0
     motion = deque(maxlen=20)  # against the data's
-    with bar, stop_requests() as requests, watch.lost():
+    with bar, stop_requests() as requests, Watch():
         for step in bar:
             began = time.perf_counter()
-            metrics = mean_over_ranks(update(step))
-            done = step + 1
+            metrics, done = mean_over_ranks(update(step)), step + 1
+            if done % args.sample_every == 0 or done == args.steps:
+                metrics |= show(args.out / "samples" / f"{done:06d}.png") or {}
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             metrics |= dict.fromkeys(bad)  # JSON has no NaN
             skips = skips + 1 if metrics.get("skipped") else 0
@@ -105,8 +113,6 @@ def loop(args, state, update, show):
                     if first:
                         tqdm.write(f"step {step}: motion has fallen to {share:.0%} of the data's")
                     motion.clear()
-            if done % args.sample_every == 0 or done == args.steps:
-                metrics |= show(args.out / "samples" / f"{done:06d}.png") or {}
             before, waited = waited, metrics.pop("waited", 0)
             times = {"step": step, "seconds": time.perf_counter() - began,
                      "waited": waited - before}  # of these, for data
@@ -130,11 +136,10 @@ def loop(args, state, update, show):
                     print(f"stopped and saved at step {done} of {args.steps}; "
                           f"the same command resumes there", file=sys.stderr)
                 raise SystemExit(128 + stop)
-    watch.end()
     if not first:
         return 0
     times = [json.loads(line) for line in (args.out / "times.jsonl").read_text().splitlines()]
-    seconds, waited = (sum(line[name] for line in times) for name in ("seconds", "waited"))
+    seconds, waited = (sum(line.get(name, 0) for line in times) for name in ("seconds", "waited"))
     if seconds:
         print(f"{args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them waiting for "
               f"data")
@@ -156,10 +161,12 @@ def check_shared(folder):
 
 
 def keep_lines(log, count):
-    """Cut a log behind its first `count` lines. ValueError where it has fewer."""
+    """Cut a log behind its first `count` lines. ValueError where it has fewer, or damaged ones."""
     with open(log, "a+b") as file:
         file.seek(0)
         kept = [line for line, _ in zip(file, range(count)) if line.endswith(b"\n")]
+        for line in kept:
+            checkpoint.read_json(log, line)
         if len(kept) < count:
             raise ValueError(f"{log}: has {len(kept)} lines, but its checkpoint is of step {count}")
         file.truncate(sum(map(len, kept)))
@@ -176,12 +183,16 @@ def append(log, line):
 
 @contextmanager
 def stop_requests():
-    """A list that collects SIGINT and SIGTERM, so that a step ends first. The second one kills."""
+    """A list that collects SIGINT and SIGTERM, so that a step ends first.
+
+    A second Ctrl-C kills; of SIGTERM, torchrun and whoever ends a job often send one each.
+    """
     requests = []
 
     def request(signum, _):
         requests.append(signum)
-        signal.signal(signum, handlers[signum])
+        if signum == signal.SIGINT:
+            signal.signal(signum, handlers[signum])
 
     handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

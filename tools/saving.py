@@ -8,6 +8,7 @@ whether it still is.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -56,10 +57,13 @@ class Saving:
         part = folder.with_suffix(".part")
         with self.complaints(part):
             if rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
+                for left in part.parent.glob("*.part"):
+                    shutil.rmtree(left, ignore_errors=True)
+                for log in self.args.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
+                    sync(log)
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
                 part.mkdir()
-                (part / "state.json").write_text(json.dumps({"step": step} | flags(self.args)))
+                (part / STATE).write_text(json.dumps({"step": step} | flags(self.args)))
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
             if ranks() > 1:
                 dist.barrier()
@@ -96,9 +100,10 @@ class Saving:
             os.replace(part, folder)
             sync(folder.parent)
             every = self.args.keep_every
-            for old in checkpoints(self.args.out)[:-self.args.keep]:
+            # Those of later steps are damaged, or this one would not have been written.
+            for old in checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
                 if not every or int(old.name) % every:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def complaints(self, part):
@@ -106,22 +111,30 @@ class Saving:
         try:
             yield
         except (OSError, dcp.api.CheckpointException) as error:
-            if isinstance(error, dcp.api.CheckpointException):  # has those of all ranks
-                error = next((e for e, _ in error.failures.values()), error)
+            error = cause(error)
             shutil.rmtree(part, ignore_errors=True)
-            there = [f.name for f in checkpoints(self.args.out)]
+            there = [f.name for f in checkpoints(self.args.out, int(part.stem))]
             kept = f"checkpoint {there[-1]} is untouched" if there else "there is no earlier one"
             raise OSError(f"{part}: not written ({getattr(error, 'strerror', None) or error}); "
                           f"{kept}") from None
 
 
-SUMS = "checksums-{}.json"
+SUMS, STATE = "checksums-{}.json", "state.json"
+
+
+def cause(error):
+    """What a rank met, where torch.distributed.checkpoint wraps it, even a Ctrl-C."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return error
 
 
 def seal(part, wait=lambda: None):
     """Sync this rank's files of a checkpoint, once they are written, and note their checksums."""
     wait()
-    ours = list(part.glob(f"shard-{rank() + 1:05d}-*")) if ranks() > 1 else list(part.iterdir())
+    ours = [*part.glob(f"shard-{rank() + 1:05d}-*"), *[part / STATE] * (rank() == 0)]
     for file in ours:
         sync(file)
     sums = part / SUMS.format(rank())
@@ -146,9 +159,10 @@ def digest(file):
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def checkpoints(out):
-    """The folders of a run's whole checkpoints, oldest first."""
-    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
+def checkpoints(out, last=math.inf):
+    """The folders of a run's checkpoints up to a step, oldest first."""
+    folders = (f for f in (out / "checkpoints").glob("*") if f.name.isdecimal())
+    return sorted((f for f in folders if int(f.name) <= last), key=lambda f: int(f.name))
 
 
 def flags(args):
@@ -184,12 +198,13 @@ def damage(folder):
         sums = {}
         for file in folder.glob(SUMS.format("*")):
             sums |= checkpoint.read_json(file)
-        if not sums:
-            problem = f"{folder}: has no checksums"
-        for name in sorted(sums)[rank()::ranks()]:
-            if digest(folder / name) != sums[name]:
-                problem = f"{folder / name}: damaged, its checksum is another"
-    except (OSError, ValueError, TypeError) as error:
+        names = sorted({STATE, *(file.name for file in folder.glob("*.safetensors"))})
+        if sorted(sums) != names:
+            problem = f"{folder}: does not hold the files that its checksums are of"
+        for name in names[rank()::ranks()]:
+            if digest(folder / name) != sums.get(name):
+                problem = problem or f"{folder / name}: damaged, its checksum is another"
+    except (OSError, ValueError) as error:
         problem = f"{folder}: damaged ({error})"
     return next(filter(None, everyones(problem)), None)
 
@@ -197,7 +212,7 @@ def damage(folder):
 def load(args, state, folder):
     """Fill `state` from a checkpoint of this very run; its step."""
     try:
-        saved = checkpoint.read_json(folder / "state.json")
+        saved = checkpoint.read_json(folder / STATE)
         then, now = saved["flags"], flags(args)["flags"]
         if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now
                        if now[k] != then.get(k)]:
@@ -212,8 +227,11 @@ def load(args, state, folder):
             dcp.load(named_tensors(state), storage_reader=reader, no_dist=ranks() == 1)
     except (KeyError, AttributeError, SafetensorError, dcp.api.CheckpointException,
             RuntimeError) as error:
-        raise ValueError(f"{folder}: not a checkpoint of this run "
-                         f"({str(error).splitlines()[0]}); delete it to start anew") from None
+        if isinstance(error := cause(error), OSError):
+            raise error from None
+        why, *_ = str(error).splitlines() or [repr(error)]
+        raise ValueError(f"{folder}: not a checkpoint of this run ({why}); delete it to start "
+                         f"anew") from None
     return saved["step"]
 
 
