@@ -30,6 +30,7 @@ WIDER = """body { max-width: 92rem } body > p { max-width: 48rem }
 figure svg { max-width: 60rem } .numbers { font-size: .75rem } .numbers th { min-width: 0 }
 .numbers td { padding: .35rem .3rem; white-space: nowrap } .words td { white-space: normal }
 .words th:not(:first-child), .words td { text-align: left }"""
+VIDEOS = re.compile(r"<style>\.videos tr.*?</table>", re.DOTALL)
 COLOURS = ("#9b5de5", "#3b82d6", "#12a594", "#e0a030", "#e0722f", "#d6336c")
 
 
@@ -69,7 +70,8 @@ def run(args):
 {conditions["prompts"]} prompts. Motion, saturation and flicker are shares of real data's.</p>
 {first}
 <h2>The paper's claims</h2>{grid(verdicts(measured), "words")}
-<h2>The same prompts, the same noise</h2>{videos(args, conditions, questions[0]["rows"])}
+<h2>The same prompts, the same noise</h2>
+{videos(args, conditions, questions[0]["rows"])}
 <h2>What makes a video hard</h2>{hardness(measured)}{grid(spreads(measured))}
 <p class=note>At each step: the spread of the regression's loss over videos, k times that, and the
 mean weight, averaged over training.</p>
@@ -145,8 +147,10 @@ def videos(args, conditions, rows):
                 prompts = json.loads(opened.metadata()["prompts"])
                 shown, words, count = shown_first(opened.get_tensor("video").float() / 255, prompts)
             columns.append([conditions["rows"][row]["title"], shown])
-    if not columns:
-        return "<p class=note>Drawn where the students are, which is not here.</p>"
+    if not columns:  # drawn where the students were: the page keeps them
+        page = args.results / "report.html"
+        kept = page.is_file() and VIDEOS.search(page.read_text(encoding="utf-8"))
+        return kept[0] if kept else "<p class=note>There are none on this machine.</p>"
     cells = [[escape(words[i])] + [moving_picture(shown[i], f"{words[i]}: {title}")
                                    for title, shown in columns] for i in range(count)]
     style = f"<style>.videos tr {{ grid-template-columns: repeat({len(columns)}, 1fr) }}</style>"
