@@ -203,6 +203,12 @@ def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, caps
         assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}
 
 
+def test_prompts_are_compared_without_what_surrounds_their_words():
+    assert encode.plain("  “A boat…”\n sails! ") == "a boat…” sails"
+    long = "a" + "." * 10**6 + "b"  # in linear time
+    assert encode.plain(long + "?") == long and encode.plain("?!") == ""
+
+
 def test_prompts_alone(wan, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog that runs\n")
     assert run(wan, tmp_path / "out", "--captions", tmp_path / "prompts.txt") == 0
@@ -317,7 +323,13 @@ def test_prompts_alone_serve_distribution_matching(wan, tmp_path, capsys):
         '"count": 3', '"count": 2')), "shard-000-00000"),
     (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
         '"shard-000-00001.safetensors"', "7")), "index.json: 7 is not the name"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        '"count": 3', f'"count": {2**70}')), "shard-000-00000"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        '"latent_shape": [16', '"latent_shape": [-16')), "index.json: latent_shape is"),
     (lambda d: (d / "null_text.safetensors").write_bytes(b""), "null_text"),
+    (lambda d: save_file({"null_text": torch.full((1, 1, 32), torch.nan)},
+                         d / "null_text.safetensors"), "null_text"),
     (lambda d: save_file({"x": torch.zeros(1)}, d / "null_text.safetensors"), "null_text"),
     (lambda d: save_file({"null_text": torch.zeros(1, 2)}, d / "null_text.safetensors"),
      "null_text"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import adavid
 import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
@@ -209,7 +211,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(toy_folder, tm
     lambda folder: next(folder.glob("*.safetensors")).unlink(),
     lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"short"),
     lambda folder: (folder / "state.json").write_text("{"),
+    lambda folder: (folder / "state.json").write_text(
+        (folder / "state.json").read_text().replace('"step": 1', '"step": 0')),
     lambda folder: (folder / "checksums-0.json").write_text("[1, 2]"),
+    lambda folder: (folder / "checksums-0.json").write_text('{"../../metrics.jsonl": "0"}'),
     lambda folder: (folder / "checksums-0.json").unlink()])
 def test_where_no_checkpoint_is_whole_they_are_named_and_stay(damage, toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
@@ -222,6 +227,15 @@ def test_the_last_checkpoints_and_every_nth_are_kept(toy_folder, tmp_path):
     distill(toy_folder, tmp_path, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--lambda-reg",
             0, "--sample-every", 100, "--critic-updates", 0, steps=8)
     assert [int(f.name) for f in checkpoints(tmp_path)] == [3, 6, 7, 8]
+
+
+def test_a_damaged_checkpoint_of_a_later_step_pushes_none_out(toy_folder, tmp_path):
+    flags = ["--keep", 1, "--lambda-reg", 0, "--critic-updates", 0, "--sample-every", 100]
+    distill(toy_folder, tmp_path, *flags, "--keep-every", 1, "--save-every", 2, steps=4)
+    (checkpoints(tmp_path)[-1] / "state.json").unlink()
+    assert distill(toy_folder, tmp_path, *flags, "--save-every", 1, steps=3) == 0
+    assert [int(f.name) for f in checkpoints(tmp_path)] == [3, 4]
+    assert distill(toy_folder, tmp_path, *flags, steps=3) == 0
 
 
 def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays(
@@ -268,9 +282,18 @@ def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monk
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_sigterm_as_torchrun_sends_one_spoils_no_save(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "write_contact_sheet", lambda *_: [
+        signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)])
+    with pytest.raises(SystemExit, match="143"):
+        distill(toy_folder, tmp_path, "--sample-every", 1, steps=3)
+    assert [int(f.name) for f in checkpoints(tmp_path)] == [1]
+
+
 def test_numbers_that_make_no_sense_are_named_with_their_file(toy_folder, tmp_path, capsys):
     model = WanModel.from_pretrained(toy_folder)
-    for i, numbers in enumerate(('{"foo": 1}', "[1]", "{bad", '{"k": -3}')):
+    for i, numbers in enumerate(('{"foo": 1}', "[1]", "{bad", '{"k": -3}', '{"lr": "x"}',
+                                 '{"timesteps": []}', '{"betas": [0.9]}', "[" * 100_000)):
         model.save_pretrained(tmp_path / str(i), metadata={"avd": numbers})
         code = distill(tmp_path / str(i), tmp_path / "out")
         assert f"{tmp_path / str(i)}: the numbers" in complaint(capsys, code)
@@ -296,6 +319,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_pat
     assert "kl" in said and "student_grad_norm" in said
     log = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in log and json.loads(log.splitlines()[-1])["skipped"] == 1
+
+
+def test_a_critic_update_that_was_skipped_is_not_hidden_by_the_next(
+        toy_folder, tmp_path, capsys, monkeypatch):
+    losses, calls = adavid.critic_loss, []
+    monkeypatch.setattr(adavid, "critic_loss", lambda *args: losses(*args) * (
+        math.nan if calls.append(0) or len(calls) == 2 else 1))
+    assert distill(toy_folder, tmp_path, steps=1) == 0
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["critic"] is None and line["skipped"] == 1 and line["kl"] is not None
+    assert "critic" in next(line for line in capsys.readouterr().out.splitlines()
+                            if line.startswith("step 0: skipped"))
+
+
+def test_a_log_that_is_damaged_is_named(toy_folder, tmp_path, capsys):
+    for log in ("metrics.jsonl", "times.jsonl"):
+        out = tmp_path / log
+        distill(toy_folder, out, steps=1)
+        (out / log).write_bytes(b"\x00\n")
+        assert str(out / log) in complaint(capsys, distill(toy_folder, out, steps=1))
 
 
 def test_help_explains_every_flag(capsys):

@@ -218,6 +218,14 @@ BROKEN = {  # folder -> (what breaks it, what the line must say)
         odd=t.pop(HEAD))), [f"'{HEAD}' is missing", "'odd' has no place"]),
     "misshapen": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
         {HEAD: torch.zeros(3)})), [f"'{HEAD}' is [3], but must be [64]"]),
+    "empty": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
+        {HEAD: torch.zeros(0, 3)})), [f"'{HEAD}' is empty"]),
+    "integers": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
+        {HEAD: t[HEAD].int()})), [f"'{HEAD}' is torch.int32"]),
+    "not a number": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
+        {HEAD: t[HEAD] * torch.nan})), [f"'{HEAD}' is not finite"]),
+    "absurd": (lambda d: edit_json(d / "config.json", text_len=2**40),
+               ["config.json", "text_len is 1099511627776"]),
     "contradiction": (lambda d: edit_json(d / "config.json", ffn_dim=97),
                       ["config.json", "ffn_dim is 97", "96"]),
     "too many layers": (lambda d: edit_json(d / "config.json", num_layers=3),

@@ -108,7 +108,7 @@ def rotate(x, rope):
     """
     cos, sin = rope
     swapped = x.float().unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
-    return torch.addcmul(x.float() * cos, swapped, sin).type_as(x)
+    return (x.float() * cos).addcmul_(swapped, sin).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -153,12 +153,12 @@ class Attention(nn.Module):
 
 def modulate(x, shift, scale):
     """adaLN, in float32: shift and scale are not rounded before they are applied."""
-    return torch.addcmul(shift, x.float(), 1 + scale).type_as(x)
+    return (x.float() * (1 + scale)).add_(shift).type_as(x)
 
 
 def add_gated(x, y, gate):
     """The residual, in float32."""
-    return torch.addcmul(x.float(), y.float(), gate).type_as(x)
+    return (y.float() * gate).add_(x).type_as(x)
 
 
 class Block(nn.Module):
@@ -233,6 +233,7 @@ class WanModel(nn.Module):
         f, h, w = (index(n // m) for n, m in zip(x.shape[2:], c.patch_size))
         places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
+        tokens = tokens.contiguous()  # or every layer's norm would copy them
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
         precise = self.time_embedding[0].weight.dtype
         e = self.time_embedding(sinusoidal_embedding(t.to(x.device), c.freq_dim).to(precise))

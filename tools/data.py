@@ -48,7 +48,7 @@ class Shards:
         try:
             self.latent_shape = tuple(index["latent_shape"])
             self.has_videos = bool(index["has_videos"])
-            counts = {str(shard["file"]): int(shard["count"]) for shard in index["shards"]}
+            counts = {shard["file"]: int(shard["count"]) for shard in index["shards"]}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file}: not an index of tools.encode ({error!r})") from None
         if [type(n) for n in self.latent_shape] != [int] * 4 or not all(
@@ -58,7 +58,7 @@ class Shards:
             raise ValueError(f"{file}: there is nothing in these shards")
         [null_shape] = self.shapes("null_text.safetensors", "null_text")
         for name, count in counts.items():
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{file}: {name!r} is not the name of a file beside it")
             text, *latents = self.shapes(name, "text", *["latents"] * self.has_videos)
             if [text[0], *text[2:]] != [count, null_shape[2]] or any(
