@@ -287,7 +287,7 @@ sys.exit(train.main(sys.argv[1:]))
     assert result.returncode == 0, result.stderr
     assert checkpoints(tmp_path / "run")[-1].name == "000012"
     seen = [line.split()[1:] for line in result.stdout.splitlines() if "checkpoints:" in line]
-    assert "000002" in seen[3] + seen[4]  # it has its name before the next one is begun or soon after
+    assert "000002" in seen[3] + seen[4]  # named before the next one is begun, or soon after
 
 
 def test_ranks_that_see_other_folders_are_told_at_once(toy_folder, tmp_path):
@@ -307,7 +307,8 @@ from tools import run
 means, steps = run.mean_over_ranks, []
 def dying(metrics):
     steps.append(metrics)
-    if len(steps) == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if len(steps) == 3 and os.environ["RANK"] == "1" and first:
         os.kill(os.getpid(), signal.SIGKILL)
     return means(metrics)
 run.mean_over_ranks = dying

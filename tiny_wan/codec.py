@@ -124,8 +124,8 @@ class WanCodec(Codec):
         from transformers import AutoTokenizer
 
         with blaming(self.parts["tokenizer"]):
-            tokenizer = AutoTokenizer.from_pretrained(self.parts["tokenizer"], local_files_only=True,
-                                                      trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.parts["tokenizer"], local_files_only=True, trust_remote_code=False)
         with blaming(self.parts["text encoder"]):
             encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
         if len(tokenizer) > encoder.config.vocab_size:
