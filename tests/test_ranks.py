@@ -342,10 +342,10 @@ import os, time
 from tools import ranks
 ranks.BEAT, ranks.PATIENCE = 0.2, 2
 ranks.start("cpu")
-watch = ranks.Watch()
-if os.environ["RANK"] == "1":
-    os.kill(os.getpid(), 19)
-time.sleep(30)
+with ranks.Watch():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 19)
+    time.sleep(30)
 """)
     hung = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--shutdown-timeout",
