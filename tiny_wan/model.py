@@ -234,7 +234,9 @@ class WanModel(nn.Module):
         places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
         tokens = tokens.contiguous()  # or every layer's norm would copy them
-        text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])).to(dtype))
+        if text.shape[1] < c.text_len:
+            text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
+        text = self.text_embedding(text.to(dtype))
         precise = self.time_embedding[0].weight.dtype
         e = self.time_embedding(sinusoidal_embedding(t.to(x.device), c.freq_dim).to(precise))
         e6 = self.time_projection(e.to(self.time_projection[1].weight.dtype))
