@@ -130,5 +130,6 @@ def test_text_is_one_hot_and_the_empty_prompt_is_zero():
     text = ToyCodec().encode_text(["a red ball", "a blue ball moving left fast", ""])
     assert text.shape == (3, 6, len(world.VOCABULARY))
     assert text.sum((1, 2)).tolist() == [3, 6, 0]
+    assert ToyCodec().encode_text([""]).shape == (1, 1, len(world.VOCABULARY))
     with pytest.raises(ValueError, match="'purple'.*its words are"):
         ToyCodec().encode_text(["a purple ball"])

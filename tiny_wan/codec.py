@@ -57,13 +57,16 @@ class ToyCodec(Codec):
     solver, batch_size = "euler", 16  # what suits sampling
 
     def encode_text(self, prompts):
-        """Prompts -> `[b, l, text_dim]`, zeros after a prompt's end. ValueError on other words."""
+        """Prompts -> `[b, l, text_dim]`, l at least 1, zeros after a prompt's end.
+
+        ValueError on words that the world does not have.
+        """
         for prompt in prompts:
             if unknown := [w for w in prompt.split() if w not in world.VOCABULARY]:
                 raise ValueError(f"prompt {prompt!r}: the toy does not know {unknown[0]!r}; "
                                  f"its words are: {', '.join(world.VOCABULARY)}")
-        text = torch.zeros(len(prompts), max((len(p.split()) for p in prompts), default=0),
-                           self.text_dim)
+        longest = max([1, *(len(p.split()) for p in prompts)])
+        text = torch.zeros(len(prompts), longest, self.text_dim)
         for row, prompt in zip(text, prompts):
             for place, word in enumerate(prompt.split()):
                 row[place, world.VOCABULARY.index(word)] = 1

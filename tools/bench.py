@@ -1,7 +1,7 @@
 """What things cost: counted, which is the same on every machine, and timed, as ratios in one run.
 
-    python -m tools.bench                   all but the long one: ten minutes on two cores
-    python -m tools.bench --parts large     WanModel against diffusers at 8,064 tokens
+    python -m tools.bench                   all but the long one: eight minutes on two cores
+    python -m tools.bench --parts large     WanModel against diffusers at larger sizes, in a quarter of an hour
 
 Each part replaces its own figures in docs/bench.json, and with them the README's tables; the last
 line printed is all of that as JSON. The released recipe is its schedule of forwards, written here
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "bench.json"
 PARTS = ("cycle", "model", "sampler", "compiled", "data", "demo", "kernels")
 WAN = (16, 21, 60, 104)  # latents of 81 frames at 480 x 832
-RUNS = 7
 
 
 @dataclass
@@ -80,7 +79,7 @@ def machine():
             f"{time.strftime('%Y-%m-%d')}")
 
 
-def in_turn(calls, runs=RUNS):
+def in_turn(calls, runs):
     """The median of what each call gives back, by element: of `runs`, after one more.
 
     One run of each follows the other, so that a busy machine is busy for all.
@@ -176,7 +175,7 @@ def prices(config, shape):
     return np.array(costs, dtype=float)
 
 
-def timed_cycles(batch_size=2):
+def timed_cycles(batch_size=1):
     """Seconds of four cycles of the toy under each schedule, one for each step."""
     models = [WanModel.from_pretrained(WEIGHTS) for _ in range(3)]
     models[1].requires_grad_(False)
@@ -185,7 +184,7 @@ def timed_cycles(batch_size=2):
     real = torch.randn(batch_size, *ToyCodec().latent_shape())
     text = ToyCodec().encode_text(["a red ball"] * batch_size)
     times = in_turn({name: partial(seconds, cycles, models, interpolator, real, text, *schedule,
-                                   optimizers) for name, schedule in SCHEDULES.items()})
+                                   optimizers) for name, schedule in SCHEDULES.items()}, runs=3)
     return {name: all_four / 4 for name, (all_four,) in times.items()}
 
 
@@ -233,11 +232,12 @@ def to_the_end(student, noise, text, step, config, *rest,
 # WanModel against diffusers' WanTransformer3DModel, on the same weights
 # ---------------------------------------------------------------------------------------------
 
-SIZES = {  # batch, frames, height and width of the latents
-    "toy": (PRESETS["tiny"], (16, 9, 8, 8)),
-    "dim 512 x 8, 2,000 tokens": (WanConfig(512, 2048, 8, 8), (1, 5, 40, 40)),
+# Of each: batch, frames, height and width of the latents; and how many runs even out the noise.
+SIZES = {"toy": (PRESETS["tiny"], (16, 9, 8, 8), 31)}
+LARGE = {
+    "dim 512 x 8, 2,000 tokens": (WanConfig(512, 2048, 8, 8), (1, 5, 40, 40), 15),
+    "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7),
 }
-LARGE = {"one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72))}
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product", "aten::slow_conv",
             "aten::mkldnn_convolution", "aten::convolution")
 
@@ -250,7 +250,7 @@ def bench_large():
     return {name: compare(*size) for name, size in LARGE.items()}
 
 
-def compare(config, shape):
+def compare(config, shape, runs):
     """Seconds forward, and with backward; share outside products; peak bytes, of each model."""
     from diffusers import WanTransformer3DModel
     ours = WanModel(config).init_weights()
@@ -273,8 +273,8 @@ def compare(config, shape):
         return middle - began, time.perf_counter() - began
 
     calls = {name: partial(both, forward) for name, forward in forwards.items()}
-    times = in_turn(calls)
-    profiles = in_turn({name: partial(profiled, call) for name, call in calls.items()}, runs=3)
+    times = in_turn(calls, runs)
+    profiles = in_turn({name: partial(profiled, call) for name, call in calls.items()}, runs=1)
     return {name: dict(zip(("forward", "both", "outside", "peak"), times[name] + profiles[name]))
             for name in calls}
 
@@ -305,17 +305,17 @@ def profiled(call):
 
 
 def bench_compiled():
-    """The toy under inductor: seconds of forward and backward, and of compiling."""
+    """Two of the toy's layers under inductor: seconds with backward, and of compiling."""
     torch.compiler.reset()
-    config, (b, *size) = SIZES["toy"]
-    model = WanModel(config).init_weights()
+    config, (b, *size), runs = SIZES["toy"]
+    model = WanModel(replace(config, num_layers=2)).init_weights()
     x, t = torch.randn(b, config.in_dim, *size), torch.full((b,), 757.0)
     text = torch.randn(b, config.text_len, config.text_dim)
     forwards = {"eager": model, "inductor": torch.compile(model, fullgraph=True)}
     calls = {name: partial(seconds, lambda forward=forward: forward(x, t, text).sum().backward())
              for name, forward in forwards.items()}
     compiling, = calls["inductor"]()
-    return {name: both for name, (both,) in in_turn(calls).items()} | {"compiling": compiling}
+    return {name: both for name, (both,) in in_turn(calls, runs).items()} | {"compiling": compiling}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,12 +337,13 @@ def bench_sampler():
     config = adavid.AVDConfig()
     times = in_turn({
         "full rate": partial(seconds, adavid.sample, model, noise, text, config),
-        "decoupled": partial(seconds, adavid.sample, model, noise, text, config, interpolator)})
+        "decoupled": partial(seconds, adavid.sample, model, noise, text, config, interpolator)},
+        runs=7)
     x, t, null = noise[:, :, :5], torch.full((1,), 500.0), torch.zeros_like(text)
     both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null])
     pair = in_turn({
         "in sequence": partial(seconds, adavid.guided_velocity, model, x, t, text, null, 5.0),
-        "in one batch": partial(seconds, model, *both)})
+        "in one batch": partial(seconds, model, *both)}, runs=7)
     return {"counted": counted, "slice_seconds": {name: time for name, (time,) in times.items()},
             "guided_pair_seconds": {name: time for name, (time,) in pair.items()}}
 
@@ -426,7 +427,7 @@ def others(figures):
     if "compiled" in figures:
         times = figures["compiled"]
         yield (f"`torch.compile` takes the model, a student's step and the sampler as one graph; "
-               f"with inductor the toy's forward and backward take "
+               f"with inductor two of the toy's layers, forward and backward, take "
                f"{times['inductor'] / times['eager']:.2f} of their time, after "
                f"{times['compiling']:.0f} seconds.")
     if "data" in figures:
