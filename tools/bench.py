@@ -1,7 +1,7 @@
 """What things cost: counted, which is the same on every machine, and timed, as ratios in one run.
 
     python -m tools.bench                   all but the long one: eight minutes on two cores
-    python -m tools.bench --parts large     WanModel against diffusers at larger sizes, in a quarter of an hour
+    python -m tools.bench --parts large     WanModel against diffusers, larger: 15 minutes
 
 Each part replaces its own figures in docs/bench.json, and with them the README's tables; the last
 line printed is all of that as JSON. The released recipe is its schedule of forwards, written here
