@@ -8,6 +8,7 @@ line printed is all of that as JSON. The released recipe is its schedule of forw
 on our model: its code is not.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -238,6 +239,7 @@ LARGE = {
     "dim 512 x 8, 2,000 tokens": (WanConfig(512, 2048, 8, 8), (1, 5, 40, 40), 15),
     "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7),
 }
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product", "aten::slow_conv",
             "aten::mkldnn_convolution", "aten::convolution")
 
@@ -247,7 +249,19 @@ def bench_model():
 
 
 def bench_large():
+    keep_memory()
     return {name: compare(*size) for name, size in LARGE.items()}
+
+
+def keep_memory():
+    """From here on what is freed stays with the process, as GPUs' allocators have it.
+
+    glibc would give tensors above 32 MB back at once, and both models would wait for new pages.
+    """
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            mallopt(option, value)
 
 
 def compare(config, shape, runs):
@@ -274,17 +288,17 @@ def compare(config, shape, runs):
 
     calls = {name: partial(both, forward) for name, forward in forwards.items()}
     times = in_turn(calls, runs)
-    profiles = in_turn({name: partial(profiled, call) for name, call in calls.items()}, runs=1)
-    return {name: dict(zip(("forward", "both", "outside", "peak"), times[name] + profiles[name]))
-            for name in calls}
+    return {name: dict(zip(("forward", "both"), times[name])) | profiled(call)
+            for name, call in calls.items()}
 
 
 def profiled(call):
     """The share of a call's time outside matrix products and attention, and its peak of memory.
 
-    A product's bias is part of it. First calls wait for the system to give them memory, for up to
-    a fifth of their time, so this follows the timed ones.
+    A product's bias is part of it. A first call waits for the system to give it memory, for up to
+    a fifth of its time, and is left out.
     """
+    call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     inside = outside = 0
@@ -301,7 +315,7 @@ def profiled(call):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return outside / (inside + outside), peak
+    return {"outside": outside / (inside + outside), "peak": peak}
 
 
 def bench_compiled():
