@@ -49,13 +49,13 @@ def test_the_readme_has_the_committed_figures():
 
 def test_a_part_replaces_its_own_figures(tmp_path, monkeypatch, capsys):
     results, readme = tmp_path / "bench.json", tmp_path / "README.md"
-    results.write_text('{"demo": {"minutes": 2}, "data": {"waited": 7}}')
+    results.write_text('{"demo": {"minutes": 2}, "data": {"seconds": 70, "waited": 7}}')
     readme.write_text("text\n")
     monkeypatch.setattr(bench, "bench_demo", lambda: {"minutes": 3})
     flags = ["--results", str(results), "--readme", str(readme), "--parts"]
     assert bench.main([*flags, "demo"]) == 0
     figures = json.loads(results.read_text())
-    assert figures["demo"]["minutes"] == 3 and figures["data"] == {"waited": 7}
+    assert figures["demo"]["minutes"] == 3 and figures["data"] == {"seconds": 70, "waited": 7}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert "nosuch" in complaint(capsys, bench.main([*flags, "nosuch"]))
 

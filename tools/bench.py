@@ -436,8 +436,9 @@ def others(figures):
         yield (f"The decoupled sampler takes {small:.3f} of the full rate's FLOPs at 1.3B and "
                f"{large:.3f} at 14B, counted, and {times['decoupled'] / times['full rate']:.3f} of "
                f"its time on a slice with 1.3B's share of attention, the interpolator included.")
-        yield (f"Guidance's two forwards take {pair['in one batch'] / pair['in sequence']:.2f} of "
-               f"their time when they go in one batch, so they go one after the other.")
+        batched = pair["in one batch"] / pair["in sequence"]
+        yield (f"Guidance's two forwards would take {batched:.2f} of their time in one batch, and "
+               f"twice the memory, so one follows the other.")
     if "compiled" in figures:
         times = figures["compiled"]
         yield (f"`torch.compile` takes the model, a student's step and the sampler as one graph; "
