@@ -185,7 +185,8 @@ def load_config(path):
                 raise ValueError(f"{name} is {value}, where {like} would do")
         return config
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise ValueError(f"{path}: the numbers in its metadata make no sense ({error})") from None
+        raise ValueError(f"{checkpoint.named(path)}: the numbers in its metadata make no sense "
+                         f"({error})") from None
 
 
 def same_kind(value, like):
@@ -203,8 +204,11 @@ def load_interpolator(path, device):
         return None
     try:
         interpolator = adavid.FrameInterpolator.from_pretrained(file)
+        sound = all(p.isfinite().all() for p in interpolator.parameters())
     except (SafetensorError, KeyError, RuntimeError, ValueError):
-        raise ValueError(f"{file}: damaged, or not a frame interpolator's file") from None
+        sound = False
+    if not sound or interpolator.out.out_channels - 1 != checkpoint.read_config(path)["out_dim"]:
+        raise ValueError(f"{file}: damaged, or not a frame interpolator for this model")
     return interpolator.to(device).requires_grad_(False)
 
 

@@ -188,7 +188,8 @@ def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
 
 def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, capsys):
     entries = {"ok-0.mp4": "A cat walks on green grass, slowly", "ok-3.mp4": "a boat",
-               "../ok.mp4": "outside", "gone.mp4": "gone", "more/ok-6.mp4": "a red bird"}
+               "../ok.mp4": "outside", "gone.mp4": "gone", "more/ok-6.mp4": "a red bird",
+               "x" * 5000: "a name that no disk can have", "ok-1.mp4": "no end " * 2000}
     jsonl, table = tmp_path / "captions.jsonl", tmp_path / "captions.csv"
     jsonl.write_text("".join(json.dumps({"video": v, "caption": c}) + "\n"
                              for v, c in entries.items()))
@@ -199,7 +200,9 @@ def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, caps
         capsys.readouterr()
         assert run(wan, out, "--videos", clips, "--captions", file,
                    "--exclude-prompts", tmp_path / "bench.txt") == 0
-        assert "2: its caption is among the excluded prompts" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "2: its caption is among the excluded prompts" in said
+        assert "3: no such file in the folder" in said and "1: 13999 characters are no" in said
         assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}
 
 
@@ -328,6 +331,8 @@ def test_prompts_alone_serve_distribution_matching(wan, tmp_path, capsys):
     (lambda d: (d / "index.json").write_text(json.dumps(json.loads(
         (d / "index.json").read_text()) | {"latent_shape": [-16, 2, 4, 6]})),
      "index.json: latent_shape is"),
+    (lambda d: (d / "index.json").write_text((d / "index.json").read_text().replace(
+        "shard-000-00001", "x" * 5000)), "xxx.safetensors: no such file"),
     (lambda d: (d / "null_text.safetensors").write_bytes(b""), "null_text"),
     (lambda d: save_file({"null_text": torch.full((1, 1, 32), torch.nan)},
                          d / "null_text.safetensors"), "null_text"),

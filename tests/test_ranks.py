@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
@@ -247,6 +247,11 @@ def test_an_adapter_of_another_model_is_named(toy_folder, tmp_path, capsys):
     code = export.main(["--model", str(tmp_path / "wan"), "--lora", str(out / lora.FILE),
                         "--out", str(tmp_path / "merged")])
     assert lora.FILE in complaint(capsys, code)
+    infinite = {name: x * torch.inf for name, x in load_file(out / lora.FILE).items()}
+    save_file(infinite, tmp_path / "infinite.safetensors")
+    assert "not finite" in complaint(capsys, export.main([
+        "--model", str(toy_folder), "--lora", str(tmp_path / "infinite.safetensors"),
+        "--out", str(tmp_path / "y")]))
     assert "lora" in complaint(capsys, train.main([
         "distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--lora", "4",
         "--ema", "0.9"]))

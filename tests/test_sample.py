@@ -5,9 +5,10 @@ import shutil
 import imageio.v3 as iio
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import sample
+from adavid import FrameInterpolator
 from tools.media import file_names
 
 
@@ -102,8 +103,12 @@ def test_a_bad_prompt_file_gets_one_line(toy_folder, tmp_path, capsys, content, 
 
 def test_a_damaged_interpolator_gets_one_line(toy_folder, tmp_path, capsys):
     model = shutil.copytree(toy_folder, tmp_path / "model")
+    wide = {"enter.0.weight": torch.zeros(10_000, 24, 1, 1)}  # of which a network has 50 GB
+    infinite = FrameInterpolator(12, width=8)
+    torch.nn.init.constant_(infinite.leave[0].weight, torch.inf)
     for content in (b"", (model / "config.json").read_bytes(),
-                    (model / "diffusion_pytorch_model.safetensors").read_bytes()):
+                    (model / "diffusion_pytorch_model.safetensors").read_bytes(), save(wide),
+                    save(infinite.state_dict()), save(FrameInterpolator(16, width=8).state_dict())):
         (model / "interpolator.safetensors").write_bytes(content)
         assert run(model, tmp_path / "out", "a red ball") == 2
         error = capsys.readouterr().err

@@ -215,7 +215,7 @@ BROKEN = {  # folder -> (what breaks it, what the line must say)
     "truncated": (lambda d: (d / checkpoint.FILE).write_bytes(
         (d / checkpoint.FILE).read_bytes()[:-9]), [checkpoint.FILE, "not a whole safetensors"]),
     "renamed": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        odd=t.pop(HEAD))), [f"'{HEAD}' is missing", "'odd' has no place"]),
+        odd=t.pop(HEAD))), [checkpoint.FILE, f"'{HEAD}' is missing", "'odd' has no place"]),
     "misshapen": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
         {HEAD: torch.zeros(3)})), [f"'{HEAD}' is [3], but must be [64]"]),
     "empty": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
@@ -232,6 +232,8 @@ BROKEN = {  # folder -> (what breaks it, what the line must say)
                         ["config.json", "num_layers is 3"]),
     "too few layers": (lambda d: edit_json(d / "config.json", num_layers=1),
                        ["blocks.1.", "has no place"]),
+    "heads that are no share": (lambda d: edit_json(d / "config.json", num_attention_heads=7),
+                                ["num_heads 7 does not split dim 48"]),
     "nonsense": (lambda d: edit_json(d / "config.json", num_layers="two"),
                  ["config.json", "num_layers is 'two'"]),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
@@ -272,6 +274,8 @@ def test_a_broken_model_gets_one_line(name, tmp_path, capsys):
     (lambda d: (d / (checkpoint.FILE + ".index.json")).write_text("{}"), ["no weight_map"]),
     (lambda d: edit_json(d / (checkpoint.FILE + ".index.json"), weight_map={"a": "../b"}),
      ["'../b' is not the name of a file beside it"]),
+    (lambda d: edit_json(d / (checkpoint.FILE + ".index.json"), weight_map={"a": "b" * 5000}),
+     ["no such file, but", "lists it"]),
 ])
 def test_broken_shards_get_one_line(breaks, says, tmp_path, capsys):
     miniature_wan.transformer().save_pretrained(tmp_path, max_shard_size="300KB")

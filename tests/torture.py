@@ -22,9 +22,11 @@ import tempfile
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import imageio.v3 as iio
 import numpy as np
@@ -36,8 +38,8 @@ import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
 from tests import miniature_wan
-from tiny_wan import WanConfig, WanModel
-from tools import cli, encode, export
+from tiny_wan import WanConfig, WanModel, checkpoint
+from tools import cli, encode, export, lora
 from tools.ablation import write_shards
 from tools.saving import checkpoints
 
@@ -99,10 +101,14 @@ def prepare():
     Path("clips").mkdir()
     rng = np.random.default_rng(0)
     for i in range(24):
-        video = rng.integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
-        iio.imwrite(f"clips/{i:02}.mp4", video, fps=16, codec="libx264", macro_block_size=2)
-        Path(f"clips/{i:02}.txt").write_text(f"clip number {i}")
+        write_clip(f"clips/{i:02}", rng.integers(0, 255, (6, 32, 48, 3), dtype=np.uint8))
     write_shards(Path("shards"), 0, count=8)
+
+
+def write_clip(name, video):
+    """A video and its caption."""
+    iio.imwrite(f"{name}.mp4", video, fps=16, codec="libx264", macro_block_size=2)
+    Path(f"{name}.txt").write_text(f"clip {name[-2:]}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,8 +123,11 @@ def fork(program, argv, log, limit=None):
     """
     pid = os.fork()
     if pid:
+        with suppress(OSError):  # it may have done so itself, or be gone
+            os.setpgid(pid, pid)
         return pid
     try:
+        os.setpgid(0, 0)  # so that a kill reaches its helpers, too
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         if limit:
@@ -142,11 +151,18 @@ def ended(pid, seconds=600):
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
+            kill_group(pid)
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
+            kill_group(pid)
             until += 60
         time.sleep(0.005)
+
+
+def kill_group(pid):
+    """Kill -9, and what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def killed(stage, args):
             in_saves += bool(list(out.glob("**/*.part")))
         else:
             time.sleep(random_moment.uniform(0, 2.5 * length / args.kills))
-        os.kill(pid, signal.SIGKILL)
+        kill_group(pid)
         codes[ended(pid)[0]] += 1
     code, _ = ended(fork(program, [*flags, "--out", out], "killed.log"))
     print(f"{stage}: killed {codes[-9]} times, {in_saves} of them while it saved")
@@ -198,7 +214,7 @@ def differences(whole, out):
             a, b = load_file(a), load_file(b)
             if a.keys() != b.keys() or any(not torch.equal(a[key], b[key]) for key in a):
                 yield f"tensors of {name}"
-        elif name.name not in ("times.jsonl", "checksums-0.json", "state.json"):
+        elif name.name not in ("times.jsonl", "checksums-0.json"):
             if a.read_bytes() != b.read_bytes():
                 yield f"{name}"
 
@@ -350,24 +366,40 @@ def damaged_lines(content, rng):
 
 def readers():
     """Of each kind of file: an example, how it is damaged, and the program that reads it."""
+    shutil.rmtree("clips"), Path("clips").mkdir()
+    for i in range(4):
+        write_clip(f"clips/{i:02}", np.full((6, 32, 48, 3), 40 * i, np.uint8))
     toy = ["a red ball", "--model", "model", "--out", "out", "--device", "cpu"]
     distill = ["distill", "--out", "out", "--device", "cpu", "--batch-size", "1", "--steps", "1",
                "--critic-updates", "1"]
-    clips = ["--model", "wan", "--out", "out", "--device", "cpu", "--frames", "5", "--height", "32",
-             "--width", "48", "--videos", "clips"]
+    size = ["--out", "out", "--device", "cpu", "--frames", "5", "--height", "32", "--width", "48"]
+    clips = [*size, "--model", "wan", "--videos", "clips"]
+    whole = [*size, "--model", Path("wan").resolve()]
     captions = [{"video": f"{i:02}.mp4", "caption": f"clip {i}"} for i in range(4)]
     Path("captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
     with open("captions.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["video", "caption"])
         writer.writeheader(), writer.writerows(captions)
     Path("prompts.txt").write_text("a red ball\na blue ball moving left\n")
-    run = [*distill, "--model", "toy"]
-    ended(fork(train.main, run, "log"))
-    shutil.move("out", "run")
-    name = "diffusion_pytorch_model.safetensors"
+    run = [*distill, "--model", Path("toy").resolve()]  # the same from every folder
+    for program, flags, there in ((train.main, run, "run"),
+                                  (train.main, [*run, "--lora", "2"], "adapter"),
+                                  (encode.main, [*whole, "--videos", "clips"], "encoded")):
+        code, _ = ended(fork(program, flags, "log"))
+        if code:
+            raise ChildProcessError(Path("log").read_text())
+        shutil.move("out", there)
+    miniature_wan.make(Path("original").absolute(), "original")
+    with patch.object(checkpoint, "SHARD_BYTES", 50_000):
+        WanModel.from_pretrained("toy").save_pretrained("sharded")
+    name = checkpoint.FILE
     return {
         # what: (files in the working folder, the damaged one, its damage, program, flags)
         "weights": (["toy:model"], f"model/{name}", damaged_safetensors, sample.main, toy),
+        "weights' index": (["sharded:model"], f"model/{name}.index.json", damaged_json, sample.main,
+                           toy),
+        "adapter": (["toy", "adapter"], "adapter/*.safetensors", damaged_safetensors, export.main,
+                    ["--model", "toy", "--lora", f"adapter/{lora.FILE}", "--out", "out"]),
         "weights to train": (["toy:model"], f"model/{name}", damaged_safetensors, train.main,
                              [*distill, "--model", "model"]),
         "weights to export": (["toy:model"], f"model/{name}", damaged_safetensors, export.main,
@@ -375,43 +407,59 @@ def readers():
         "config.json": (["toy:model"], "model/config.json", damaged_json, sample.main, toy),
         "interpolator": (["toy:model"], "model/interpolator.safetensors", damaged_safetensors,
                          sample.main, toy),
-        "shard": (["toy", "shards"], "shards/shard.safetensors", damaged_safetensors, train.main,
+        "shard": (["shards"], "shards/shard.safetensors", damaged_safetensors, train.main,
                   [*run, "--data", "shards"]),
-        "null text": (["toy", "shards"], "shards/null_text.safetensors", damaged_safetensors,
+        "null text": (["shards"], "shards/null_text.safetensors", damaged_safetensors,
                       train.main, [*run, "--data", "shards"]),
-        "index": (["toy", "shards"], "shards/index.json", damaged_json, train.main,
+        "index": (["shards"], "shards/index.json", damaged_json, train.main,
                   [*run, "--data", "shards"]),
-        "checkpoint": (["toy", "run:out"], "out/checkpoints/000001/*.safetensors", damaged_bytes,
+        "checkpoint": (["run:out"], "out/checkpoints/000001/*.safetensors", damaged_bytes,
                        train.main, [*run, "--steps", "2"]),
-        "state": (["toy", "run:out"], "out/checkpoints/000001/state.json", damaged_json,
+        "state": (["run:out"], "out/checkpoints/000001/state.json", damaged_json,
                   train.main, [*run, "--steps", "2"]),
-        "checksums": (["toy", "run:out"], "out/checkpoints/000001/checksums-0.json", damaged_json,
+        "checksums": (["run:out"], "out/checkpoints/000001/checksums-0.json", damaged_json,
                       train.main, [*run, "--steps", "2"]),
-        "metrics": (["toy", "run:out"], "out/metrics.jsonl", damaged_bytes, train.main,
+        "metrics": (["run:out"], "out/metrics.jsonl", damaged_bytes, train.main,
                     [*run, "--steps", "2"]),
+        "times": (["run:out"], "out/times.jsonl", damaged_bytes, train.main,
+                  [*run, "--steps", "2"]),
         "prompts": (["toy:model", "prompts.txt"], "prompts.txt", damaged_text, sample.main,
                     [*toy[1:], "--prompts-file", "prompts.txt"]),
         "captions.jsonl": (["wan", "clips", "captions.jsonl"], "captions.jsonl", damaged_lines,
                            encode.main, [*clips, "--captions", "captions.jsonl"]),
         "captions.csv": (["wan", "clips", "captions.csv"], "captions.csv", damaged_lines,
                          encode.main, [*clips, "--captions", "captions.csv"]),
+        "captions.txt": (["prompts.txt"], "prompts.txt", damaged_text, encode.main,
+                         [*whole, "--captions", "prompts.txt"]),
+        "what is encoded": (["clips", "encoded:out"], "out/shard-*.safetensors",
+                            damaged_safetensors, encode.main, [*whole, "--videos", "clips"]),
         "a caption": (["wan", "clips"], "clips/00.txt", damaged_text, encode.main, clips),
         "video": (["wan", "clips"], "clips/00.mp4", damaged_bytes, encode.main, clips),
         "Wan's config.json": (["wan"], "wan/transformer/config.json", damaged_json, encode.main,
-                              [*clips[:-2], "--captions", "../prompts.txt"]),
+                              [*size, "--model", "wan", "--captions", "../prompts.txt"]),
+        "Wan's VAE.pth": (["original:wan", "clips"], "wan/*VAE.pth", damaged_bytes, encode.main,
+                          clips),
+        "Wan's text encoder": (["original:wan", "clips"], "wan/*t5*.pth", damaged_bytes,
+                               encode.main, clips),
+        "Wan's tokenizer": (["wan", "clips"], "wan/tokenizer/tokenizer.json", damaged_json,
+                            encode.main, clips),
         "Wan's VAE": (["wan", "clips"], "wan/vae/*.safetensors", damaged_safetensors, encode.main,
                       clips),
     }
 
 
+NAMED = {  # what a complaint may name in place of the damaged file: a folder, a value, a list
+    "weights' index": r"model: tensor", "config.json": r"num_heads|text_len",
+    "Wan's config.json": r"num_heads|text_len|has no place", "null text": r"shard\.safetensors",
+    "index": r"shards", "checksums": r"000001", "prompts": r"prompt '|prompt \"",
+    "captions.jsonl": r"skipped\.jsonl", "captions.csv": r"skipped\.jsonl",
+    "Wan's tokenizer": r"wan/tokenizer", "Wan's VAE": r"wan/vae",
+}
+
+
 def malformed(args):
     """`args.files` of them, spread over the readers: what went wrong, and a summary."""
     kinds, root = readers(), Path.cwd()
-    shutil.rmtree("clips"), Path("clips").mkdir()
-    for i in range(4):
-        video = np.full((6, 32, 48, 3), 40 * i, np.uint8)
-        iio.imwrite(f"clips/{i:02}.mp4", video, fps=16, codec="libx264", macro_block_size=2)
-        Path(f"clips/{i:02}.txt").write_text(f"clip {i}")
     outcomes, failures, worst = {kind: Counter() for kind in kinds}, [], 0
 
     def begin(number):
@@ -441,7 +489,8 @@ def malformed(args):
         problem = ("traceback" if "Traceback" in said else "hang" if seconds > LIMIT_SECONDS
                    else f"code {code}" if code not in (0, 2) else "memory" if peak > LIMIT_BYTES
                    else "no line" if code == 2 and len(errors) != 1
-                   else "no name" if code == 2 and name not in errors[0] else None)
+                   else "no name" if code == 2 and not re.search(
+                       f"{re.escape(name)}|{NAMED.get(kind, name)}", errors[0]) else None)
         if problem:
             failures.append(f"{kind}, file {number}: {problem}: {said[-1500:]}")
         shutil.rmtree(folder)

@@ -84,6 +84,8 @@ def weight_files(path):
         for name in sorted(set(map(str, names.values()))):
             if Path(name).name != name:
                 raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+            if not os.path.isfile(path / name):  # false, too, of a name that no disk can have
+                raise FileNotFoundError(f"{path / name}: no such file, but {index.name} lists it")
             files.append(path / name)
     elif path.is_dir() and not (path / FILE).is_file():  # ComfyUI's one file has a name of its own
         files = [f for f in path.glob("*.safetensors")
@@ -96,6 +98,12 @@ def weight_files(path):
             raise FileNotFoundError(f"{file}: no such file; a model is a folder with config.json "
                                     f"and {FILE} (or all its shards), or one safetensors file")
     return files
+
+
+def named(path):
+    """What a complaint about a model's tensors names: its file, or the folder of its shards."""
+    files = weight_files(path)
+    return files[0] if len(files) == 1 else files[0].parent
 
 
 def read_json(file, text=None):
@@ -157,8 +165,8 @@ def read_config(path):
     def shape(name, ndim=2):
         found = shapes.get(own_name(name), ())
         if len(found) != ndim:
-            raise ValueError(f"{path}: tensor {own_name(name)!r} is missing or not of {ndim} "
-                             f"dimensions; is this a Wan transformer?")
+            raise ValueError(f"{named(path)}: tensor {own_name(name)!r} is missing or not of "
+                             f"{ndim} dimensions; is this a Wan transformer?")
         return found
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
@@ -170,8 +178,8 @@ def read_config(path):
     assumed = {"num_heads": dim // 128,  # all of Wan's heads are 128 wide
                "num_layers": blocks, "text_len": 512, "eps": 1e-6}
 
-    file, folder = path, model_folder(path)
-    given = read_json(path, read_metadata(path).get("config", "{}"))
+    file, folder = named(path), model_folder(path)
+    given = read_json(file, read_metadata(path).get("config", "{}"))
     if folder.name == FILE:
         folder = folder.parent
     if (folder / "config.json").is_file():
@@ -211,7 +219,7 @@ def read_weights(path, expected, convert):
               for n in original_name if n in shapes and shapes[n] != expected[original_name[n]]]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path}: tensor {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"{named(path)}: tensor {'; '.join(wrong[:3])}{more}")
     tensors = {}
     for file in weight_files(path):
         with open_weights(file) as weights:

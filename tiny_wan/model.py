@@ -41,8 +41,8 @@ class WanConfig:
 
     def __post_init__(self):
         if self.num_heads < 1 or self.dim % (2 * self.num_heads):
-            raise ValueError(
-                f"dim {self.dim} must split into {self.num_heads} heads of an even size")
+            raise ValueError(f"num_heads {self.num_heads} does not split dim {self.dim} into heads "
+                             f"of an even size")
 
     @classmethod
     def from_pretrained(cls, path):
@@ -51,7 +51,7 @@ class WanConfig:
         try:
             return cls(**fields)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{checkpoint.named(path)}: {error}") from None
 
 
 PRESETS = {
@@ -228,7 +228,7 @@ class WanModel(nn.Module):
                              f"h, w multiples of the patch {c.patch_size}")
         if text.ndim != 3 or text.shape[2] != c.text_dim or text.shape[1] > c.text_len:
             raise ValueError(f"text is {list(text.shape)}, but must be [b, l, {c.text_dim}] with "
-                             f"l at most {c.text_len}")
+                             f"l at most {c.text_len}, the model's text_len")
 
         f, h, w = (index(n // m) for n, m in zip(x.shape[2:], c.patch_size))
         places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)

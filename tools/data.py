@@ -5,6 +5,7 @@ and resuming.
 """
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +76,7 @@ class Shards:
     def shapes(self, name, *tensors):
         """Of a file's tensors. ValueError where it is not there, or lacks one."""
         file = self.folder / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # false, too, of a name that no disk can have
             raise ValueError(f"{file}: no such file; copy the whole folder, or encode it again")
         with checkpoint.open_weights(file) as shard:
             if missing := set(tensors) - set(shard.keys()):

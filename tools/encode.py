@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sample import read_prompts
+from sample import LONGEST, read_prompts
 from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from tools import cli
 from tools.data import INDEX, Prefetch
@@ -178,10 +178,12 @@ def find_items(args, repeats):
     for name in names:
         caption = captions.get(name)
         if args.videos and (".." in Path(name).parts or Path(name).is_absolute()
-                            or not (args.videos / name).is_file()):
+                            or not os.path.isfile(args.videos / name)):
             left_out[name] = "no such file in the folder"
         elif not caption:
             left_out[name] = "no caption"
+        elif len(caption) > LONGEST:
+            left_out[name] = f"{len(caption)} characters are no caption"
         elif repeats(caption):
             left_out[name] = "its caption is among the excluded prompts"
         else:

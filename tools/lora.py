@@ -92,7 +92,10 @@ def merge(model, file):
     for name in {name.rsplit(".lora_", 1)[0] for name in tensors}:
         try:
             up, down = tensors[name + ".lora_B.weight"], tensors[name + ".lora_A.weight"]
-            layers[name].data += (up.float() @ down.float()).to(layers[name].dtype)
+            change = (up.float() @ down.float()).reshape(layers[name].shape)
+            if not change.isfinite().all():
+                raise RuntimeError("its numbers are not finite")
+            layers[name].data += change.to(layers[name].dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{file}: {name} does not fit this model ({error})") from None
     return model

@@ -179,15 +179,17 @@ def flags(args):
 
 def resume(args, state):
     """Load the newest whole checkpoint into `state`, if there is one; the step to go on with."""
-    found = agreed(checkpoints(args.out))
+    found, problems = agreed(checkpoints(args.out)), []
     for folder in reversed(found):
         if problem := damage(folder):
-            if rank() == 0:
-                print(f"note: {problem}; going on from the checkpoint before it")
-        else:
-            return load(args, state, folder)
-    if found:
-        raise ValueError(f"{args.out / 'checkpoints'}: none is whole; delete them to start anew")
+            problems.append(problem)
+            continue
+        if problems and rank() == 0:
+            print(f"note: {'; '.join(problems)}; going on from checkpoint {folder.name}")
+        return load(args, state, folder)
+    if problems:
+        raise ValueError(f"{problems[0]}; none in {args.out / 'checkpoints'} is whole: delete them "
+                         f"to start anew")
     return 0
 
 
