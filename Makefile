@@ -7,7 +7,7 @@ demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.htm
 	$(RUN) -m tools.demo
 
 test: .venv/all  ## all tests, on the CPU
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 ablation: .venv/core  ## the README's tables and docs/ablation, about six hours; goes on after a stop
 	$(RUN) -m tools.ablation

@@ -453,7 +453,7 @@ NAMED = {  # what a complaint may name in place of the damaged file: a folder, a
     "Wan's config.json": r"num_heads|text_len|has no place", "null text": r"shard\.safetensors",
     "index": r"shards", "checksums": r"000001", "prompts": r"prompt '|prompt \"",
     "captions.jsonl": r"skipped\.jsonl", "captions.csv": r"skipped\.jsonl",
-    "Wan's tokenizer": r"wan/tokenizer", "Wan's VAE": r"wan/vae",
+    "what is encoded": r"of its samples", "Wan's tokenizer": r"wan/tokenizer", "Wan's VAE": r"wan/vae",
 }
 
 
@@ -489,8 +489,8 @@ def malformed(args):
         problem = ("traceback" if "Traceback" in said else "hang" if seconds > LIMIT_SECONDS
                    else f"code {code}" if code not in (0, 2) else "memory" if peak > LIMIT_BYTES
                    else "no line" if code == 2 and len(errors) != 1
-                   else "no name" if code == 2 and not re.search(
-                       f"{re.escape(name)}|{NAMED.get(kind, name)}", errors[0]) else None)
+                   else "no name" if code == 2 and name not in errors[0]
+                   and not re.search(NAMED.get(kind, "^$"), errors[0]) else None)
         if problem:
             failures.append(f"{kind}, file {number}: {problem}: {said[-1500:]}")
         shutil.rmtree(folder)

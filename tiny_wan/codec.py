@@ -130,7 +130,7 @@ class WanCodec(Codec):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.parts["tokenizer"], local_files_only=True, trust_remote_code=False)
         with blaming(self.parts["text encoder"]):
-            encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
+            encoder = finite(load_text_encoder(self.parts["text encoder"], self.dtype))
         if len(tokenizer) > encoder.config.vocab_size:
             raise ValueError(f"{self.parts['tokenizer']}: {len(tokenizer)} tokens, but the text "
                              f"encoder knows {encoder.config.vocab_size}; they are no pair")
@@ -156,7 +156,7 @@ class WanCodec(Codec):
     @cached_property
     def vae(self):
         with blaming(self.parts["VAE"]):
-            vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
+            vae = finite(load_vae(self.parts["VAE"])).requires_grad_(False).to(self.device)
         if self.tiling:
             vae.enable_tiling()
         return vae
@@ -214,6 +214,14 @@ def complete(model, info):
     """The model, if all of its tensors were in the file: the libraries would invent the rest."""
     if info["missing_keys"]:
         raise ValueError(f"tensor {sorted(info['missing_keys'])[0]!r} is missing")
+    return model
+
+
+def finite(model):
+    """The model, if all of its numbers are: or each video and prompt would seem to be at fault."""
+    for name, p in model.named_parameters():
+        if not p.detach().sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"tensor {name!r} is not finite")
     return model
 
 
