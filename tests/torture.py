@@ -453,7 +453,8 @@ NAMED = {  # what a complaint may name in place of the damaged file: a folder, a
     "Wan's config.json": r"num_heads|text_len|has no place", "null text": r"shard\.safetensors",
     "index": r"shards", "checksums": r"000001", "prompts": r"prompt '|prompt \"",
     "captions.jsonl": r"skipped\.jsonl", "captions.csv": r"skipped\.jsonl",
-    "what is encoded": r"of its samples", "Wan's tokenizer": r"wan/tokenizer", "Wan's VAE": r"wan/vae",
+    "what is encoded": r"of its samples", "Wan's tokenizer": r"wan/tokenizer",
+    "Wan's VAE": r"wan/vae",
 }
 
 
