@@ -375,8 +375,9 @@ data.Toy.batch = spoilt
 def shown(args, state, update, show):
     def seen(step):
         metrics = update(step)
-        with open(f"means-{ranks.rank()}", "a") as file:
-            print(state["cache"].means.tolist(), file=file)
+        weights = torch.cat([ranks.whole(p).flatten() for p in state["student"].parameters()])
+        with open(f"seen-{ranks.rank()}", "a") as file:
+            print(state["cache"].means.tolist(), weights.tolist(), file=file)
         return metrics
     return run.loop(args, state, seen, show)
 train.loop = shown
@@ -391,7 +392,7 @@ sys.exit(train.main(sys.argv[1:]))
     assert lines[1]["reg"] is None and lines[1]["kl"] is not None
     said, = (line for line in result.stdout.splitlines() if "skipped" in line)
     assert said.startswith("step 1: skipped") and "reg" in said and "student_grad_norm" in said
-    means, others = ((tmp_path / f"means-{rank}").read_text().splitlines() for rank in range(2))
-    assert means == others and means[0] == means[1] != means[2]
+    seen, others = ((tmp_path / f"seen-{rank}").read_text().splitlines() for rank in range(2))
+    assert seen == others and seen[0] == seen[1] != seen[2]  # the cache, and the student's weights
     tensors = load_file(next(checkpoints(tmp_path / "run")[-1].glob("shard-*1-of*")), "cpu")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
