@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,7 @@ def fork(program, argv, log, limit=None):
         return pid
     try:
         os.setpgid(0, 0)  # so that a kill reaches its helpers, too
+        tqdm.set_lock(threading.RLock())  # forks share tqdm's own: who dies with it stops them all
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         if limit:
