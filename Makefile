@@ -26,7 +26,7 @@ bench: .venv/all  ## what things cost, counted and timed: ten minutes; writes th
 gpu-check: .venv/all  ## on a GPU: the kernels' tests and benchmark, a distillation; prints one block
 	$(RUN) -m tools.gpu_check
 
-torture: .venv/all  ## kill runs, fill disks and feed garbage: half an hour
+torture: .venv/all  ## kill runs, fill disks and feed garbage: ten minutes
 	$(RUN) -m tests.torture
 
 bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5 GB of disk

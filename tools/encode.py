@@ -37,6 +37,7 @@ from tools import cli
 from tools.data import INDEX, Prefetch
 from tools.ranks import rank, ranks, start
 from tools.run import stop_requests
+from tools.saving import sync
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 TIMEOUT = 300  # seconds for one video
@@ -285,6 +286,7 @@ def write_shard(out, rows, settings):
         number += 1
     about = {"settings": settings, "videos": names, "prompts": captions}
     save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in about.items()})
+    sync(Path(f"{file}.part"))
     os.replace(f"{file}.part", file)
 
 
