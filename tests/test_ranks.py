@@ -247,11 +247,15 @@ def test_an_adapter_of_another_model_is_named(toy_folder, tmp_path, capsys):
     code = export.main(["--model", str(tmp_path / "wan"), "--lora", str(out / lora.FILE),
                         "--out", str(tmp_path / "merged")])
     assert lora.FILE in complaint(capsys, code)
-    infinite = {name: x * torch.inf for name, x in load_file(out / lora.FILE).items()}
-    save_file(infinite, tmp_path / "infinite.safetensors")
-    assert "not finite" in complaint(capsys, export.main([
-        "--model", str(toy_folder), "--lora", str(tmp_path / "infinite.safetensors"),
-        "--out", str(tmp_path / "y")]))
+    whole, wrong = load_file(out / lora.FILE), tmp_path / "wrong.safetensors"
+    up, down = (f"transformer.blocks.0.ffn.net.2.lora_{part}.weight" for part in "BA")
+    infinite = {name: x * torch.inf for name, x in whole.items()}
+    turned = whole | {up: whole[down].T.contiguous(), down: whole[up].T.contiguous()}
+    for tensors in (infinite, turned):
+        save_file(tensors, wrong)
+        line = complaint(capsys, export.main(["--model", str(toy_folder), "--lora", str(wrong),
+                                              "--out", str(tmp_path / "y")]))
+        assert str(wrong) in line and "of another shape, or not finite" in line
     assert "lora" in complaint(capsys, train.main([
         "distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"), "--lora", "4",
         "--ema", "0.9"]))

@@ -92,9 +92,9 @@ def merge(model, file):
     for name in {name.rsplit(".lora_", 1)[0] for name in tensors}:
         try:
             up, down = tensors[name + ".lora_B.weight"], tensors[name + ".lora_A.weight"]
-            change = (up.float() @ down.float()).reshape(layers[name].shape)
-            if not change.isfinite().all():
-                raise RuntimeError("its numbers are not finite")
+            change = up.float() @ down.float()
+            if change.shape != layers[name].shape or not change.isfinite().all():
+                raise RuntimeError("it is of another shape, or not finite")
             layers[name].data += change.to(layers[name].dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{file}: {name} does not fit this model ({error})") from None
