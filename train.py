@@ -27,14 +27,14 @@ from tqdm import tqdm
 import adavid
 import kernels
 from adavid import AVDConfig, FrameInterpolator
-from sample import WEIGHTS, load_config, load_interpolator
-from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel, checkpoint, open_codec, world
-from tools import cli
-from tools.data import Prefetch, Shards, Toy
-from tools.lora import adapted
-from tools.media import thumbnails, write_contact_sheet
-from tools.ranks import agreed, rank, ranks, shard, start, whole
-from tools.run import descend, loop, stream, streams
+from runtime.student import load_config, load_interpolator
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, open_codec, world
+from runtime import cli
+from runtime.data import Prefetch, Shards, Toy
+from runtime.lora import add_adapters
+from runtime.media import thumbnails, write_contact_sheet
+from runtime.distributed import broadcast, full_tensor, init_distributed, rank, shard, world_size
+from runtime.run import clip_and_step, loop, make_generator, make_generators
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -175,7 +175,7 @@ def distill_defaults(argv):
 
 
 def train_teacher(args):
-    device, codec = start(args.device), ToyCodec()
+    device, codec = init_distributed(args.device), ToyCodec()
     data, pictures = Toy(codec, args.seed), Pictures(Toy(codec, GRID_SEED), ToyCodec)
     model = WanModel(PRESETS[args.preset]).init_weights(args.seed).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -189,7 +189,7 @@ def train_teacher(args):
     def update(step):
         numbers = sample_numbers(args, step)
         x0, _, prompts = data.batch(numbers)
-        x0, generator = x0.to(device), streams(args.seed, "teacher", numbers)
+        x0, generator = x0.to(device), make_generators(args.seed, "teacher", numbers)
         drop = adavid.draw(torch.rand, x0.shape[:1], x0, generator)
         text = codec.encode_text([
             "" if d < args.drop_prompt else world.without_motion(prompt)
@@ -204,7 +204,7 @@ def train_teacher(args):
 
         loss.backward()
         lr = warmed_up_and_decayed(args, step)
-        norm = descend(model, (muon, adamw), lr, 1.0, loss.item())
+        norm = clip_and_step(model, (muon, adamw), lr, 1.0, loss.item())
         decay = min(args.ema, (step + 1) / (step + 30))  # the first weights are soon forgotten
         if math.isfinite(norm):
             with torch.no_grad():
@@ -231,7 +231,7 @@ def train_teacher(args):
 
 
 def train_interpolator(args):
-    device, data = start(args.device), open_data(args)
+    device, data = init_distributed(args.device), open_data(args)
     if not data.has_videos:
         raise ValueError(f"{args.data}: has no videos; an interpolator needs them")
     torch.manual_seed(args.seed)
@@ -245,7 +245,7 @@ def train_interpolator(args):
         loss.backward()
         mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2
         lr = warmed_up_and_decayed(args, step)
-        norm = descend(model, (optimizer,), lr, 1.0, loss.item())
+        norm = clip_and_step(model, (optimizer,), lr, 1.0, loss.item())
         return logged(norm, loss=loss.item(), grad_norm=norm, lr=lr, waited=fetch.waited,
                       plain_mean=F.mse_loss(mean, x0[:, :, 1::2]).item())
 
@@ -269,7 +269,7 @@ def distill(args):
 
     The first of these learns from the student's own update's videos, the others from new ones.
     """
-    config, device, data = args.avd, start(args.device), open_data(args)
+    config, device, data = args.avd, init_distributed(args.device), open_data(args)
     load_config(args.model)  # whose complaint `distill_defaults` has kept to itself
     if args.out.resolve() == checkpoint.home(args.model).resolve():
         raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
@@ -304,11 +304,11 @@ def distill(args):
     def batches(number):
         """The batches of an update: real videos, text, step and random streams."""
         # Drawn once for all: samples and ranks must agree on the step, or they run apart.
-        step = torch.randint(len(config.timesteps), (), generator=stream(args.seed, "step", number))
+        step = torch.randint(len(config.timesteps), (), generator=make_generator(args.seed, "step", number))
         for i in range(number * args.accumulate, (number + 1) * args.accumulate):
             real, text, _ = fetch(i)
             yield (real.to(device), text.to(device), step.item(),
-                   streams(args.seed, "distill", sample_numbers(args, i)))
+                   make_generators(args.seed, "distill", sample_numbers(args, i)))
 
     def rollouts(number):
         """The student's videos for an update of the critic, with their text and random streams."""
@@ -325,7 +325,7 @@ def distill(args):
             part = adavid.critic_loss(critic, x0, text, config, generator) / args.accumulate
             part.backward()
             loss += part.item()
-        norm = descend(critic, (critic_optimizer,), config.critic_lr, config.grad_clip, loss)
+        norm = clip_and_step(critic, (critic_optimizer,), config.critic_lr, config.grad_clip, loss)
         return logged(norm, critic=loss, critic_grad_norm=norm)
 
     def update_student(number):
@@ -342,7 +342,7 @@ def distill(args):
             videos.append((part.pop("x0"), text, generator))
             parts.append(part)
         parts = {name: torch.cat([part[name].view(-1) for part in parts]) for name in parts[0]}
-        norm = descend(student, (student_optimizer,), config.lr, config.grad_clip,
+        norm = clip_and_step(student, (student_optimizer,), config.lr, config.grad_clip,
                        parts["loss"].sum().item())
         cache.load_state_dict(means)
         metrics = logged(norm, student_grad_norm=norm, rollout_step=step)
@@ -394,7 +394,7 @@ def load_models(args, device):
     if args.lora:
         base = WanModel.from_pretrained(args.model, compute_dtype(args, device) or torch.float32)
         base.gradient_checkpointing = recomputing(args)
-        return adapted(base.to(device), args.lora, ("student", "critic"), args.seed)
+        return add_adapters(base.to(device), args.lora, ("student", "critic"), args.seed)
     return (load_whole(args, args.model, device).requires_grad_(False),
             load_whole(args, args.init_student or args.model, device),
             load_whole(args, args.model, device))
@@ -421,7 +421,7 @@ def save_student(student, out, metadata):
     """What was learnt: the whole model, gathered from all ranks, or LoRA's adapter alone."""
     tensors = {}
     for name, tensor in student.state_dict().items():
-        tensor = whole(tensor)
+        tensor = full_tensor(tensor)
         if rank() == 0:
             tensors[name] = tensor.cpu()
     if rank() == 0:
@@ -444,7 +444,7 @@ def open_data(args):
 
 def sample_numbers(args, batch):
     """The numbers, in the whole run, of the samples in this rank's share of a batch."""
-    first = (batch * ranks() + rank()) * args.batch_size
+    first = (batch * world_size() + rank()) * args.batch_size
     return range(first, first + args.batch_size)
 
 
@@ -464,7 +464,7 @@ def open_pictures(args, data, device):
         except (ValueError, OSError) as error:
             problem = f"note: no pictures, as {error}"
             print(problem)
-    if agreed(problem):
+    if broadcast(problem):
         return None
     return Pictures(data, codec, count=4, batch_size=1)
 
@@ -475,7 +475,7 @@ class Pictures:
     def __init__(self, data, codec, count=8, batch_size=256):
         self.codec, self.batch_size = codec, batch_size
         _, self.text, self.prompts = data.batch(range(count))
-        self.noise = torch.randn((count, *data.latent_shape), generator=stream(GRID_SEED, "grid"))
+        self.noise = torch.randn((count, *data.latent_shape), generator=make_generator(GRID_SEED, "grid"))
 
     def latents(self, sample):
         batches = zip(self.noise.split(self.batch_size), self.text.split(self.batch_size))

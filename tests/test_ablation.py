@@ -15,7 +15,7 @@ from tests.test_report import Tags
 from tests.test_train import complaint
 from tiny_wan import ToyCodec, world
 from tools import ablation, ablation_report
-from tools.data import Shards
+from runtime.data import Shards
 
 CONDITIONS = """
 seeds = [0, 1]

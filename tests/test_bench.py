@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import adavid
 from tests.test_plan import FLASH_BACKWARD, FORMULAS
 from tests.test_train import complaint
-from tiny_wan import PRESETS, WanConfig, WanModel
+from tiny_wan import WanConfig, WanModel
 from tools import bench, gpu_check, report
 
 

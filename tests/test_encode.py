@@ -20,7 +20,7 @@ from tests import miniature_wan
 from tests.test_train import complaint
 from tiny_wan import WanCodec, codec
 from tools import encode
-from tools.data import Prefetch, Shards
+from runtime.data import Prefetch, Shards
 
 ROOT = Path(encode.__file__).parents[1]
 SIZE = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 import adavid
 import sample
+from runtime.student import load_config
 from tests import miniature_wan
 from tests.test_wan import complaint, edit_tensors
 from tiny_wan import codec as codec_module
-from tiny_wan import WanCodec, WanConfig, WanModel, checkpoint, open_codec
+from tiny_wan import WEIGHTS, WanCodec, WanConfig, WanModel, checkpoint, open_codec
 from tiny_wan.checkpoint import FILE
 from tools import export
 
@@ -185,7 +186,7 @@ def test_export_keeps_what_is_known_and_can_shorten_the_weights(student, tmp_pat
     file = tmp_path / "new" / "wan.safetensors"
     command = ["--model", str(student), "--layout", "comfyui", "--dtype", "bfloat16"]
     assert export.main([*command, "--out", str(file)]) == 0
-    assert sample.load_config(file) == adavid.AVDConfig()
+    assert load_config(file) == adavid.AVDConfig()
     tensors = load_file(file)
     assert tensors["model.diffusion_model.blocks.0.self_attn.q.weight"].dtype == torch.bfloat16
     assert tensors["model.diffusion_model.head.modulation"].dtype == torch.float32
@@ -206,10 +207,10 @@ def test_a_student_is_not_exported_onto_itself(student, tmp_path, capsys):
 
 def test_an_export_always_has_the_step_schedule(tmp_path):
     """The shipped teacher's file stores only what differs from the paper's numbers."""
-    assert export.main(["--model", str(sample.WEIGHTS), "--out", str(tmp_path / "x")]) == 0
+    assert export.main(["--model", str(WEIGHTS), "--out", str(tmp_path / "x")]) == 0
     numbers = checkpoint.read_metadata(tmp_path / "x")["avd"]
     assert json.loads(numbers)["timesteps"] == [1000, 900, 757, 522]
-    assert sample.load_config(tmp_path / "x") == sample.load_config(sample.WEIGHTS)
+    assert load_config(tmp_path / "x") == load_config(WEIGHTS)
 
 
 def test_a_file_in_a_pipeline_finds_what_lies_beside(wan, tmp_path):

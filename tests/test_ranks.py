@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 import train
 from tests.test_train import complaint
 from tiny_wan import WanModel
-from tools import export, lora
-from tools.saving import checkpoints
+from runtime import lora
+from tools import export
+from runtime.checkpoints import checkpoints
 
 ROOT = Path(train.__file__).parent
 
@@ -167,7 +168,7 @@ def test_lora_trains_adapters_of_one_base_that_stays(toy_folder, tmp_path):
 def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder):
     plain, base = (WanModel.from_pretrained(toy_folder, torch.float32) for _ in range(2))
     base.gradient_checkpointing = True
-    teacher, student, critic = lora.adapted(base, 4, ("student", "critic"))
+    teacher, student, critic = lora.add_adapters(base, 4, ("student", "critic"))
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 12, 3, 8, 8, generator=g), torch.tensor([1000.0, 522.0])
     text = torch.randn(2, 3, 15, generator=g)
@@ -196,7 +197,7 @@ def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder
     text, runs = torch.randn(1, 3, 15, generator=g), []
     for dtype in (torch.float32, torch.bfloat16):
         base, g = WanModel.from_pretrained(toy_folder, dtype), g.manual_seed(0)
-        _, student = lora.adapted(base, 4, ("student",))
+        _, student = lora.add_adapters(base, 4, ("student",))
         seen = set()
         for name, layer in base.named_modules():
             if name.endswith("lora_A.student"):
@@ -218,7 +219,7 @@ def test_an_adapter_is_diffusers_and_merges_into_its_model(tmp_path):
 
     pipe = miniature_wan.pipeline()
     pipe.transformer.save_pretrained(tmp_path / "wan")
-    _, student, _ = lora.adapted(WanModel.from_pretrained(tmp_path / "wan"), 4,
+    _, student, _ = lora.add_adapters(WanModel.from_pretrained(tmp_path / "wan"), 4,
                                  ("student", "critic"))
     g = torch.Generator().manual_seed(0)
     for p in student.parameters():
@@ -275,19 +276,19 @@ def test_saves_in_the_background_keep_out_of_the_loops_way(toy_folder, tmp_path)
     """Writing takes longer than a step, and on each rank another time."""
     (tmp_path / "slow.py").write_text("""
 import sys, time, train
-from tools import ranks, run, saving
+from runtime import checkpoints, distributed, run
 from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
 write = Writer.write_data
 def slowly(self, *args):
-    time.sleep(0.4 if ranks.rank() else 0.1)
+    time.sleep(0.4 if distributed.rank() else 0.1)
     return write(self, *args)
 Writer.write_data = slowly
-update = run.mean_over_ranks
+update = run.all_reduce_mean
 def seen(metrics):
-    if ranks.rank() == 0:
-        print("checkpoints:", *(c.name for c in saving.checkpoints(saving.Path("run"))))
+    if distributed.rank() == 0:
+        print("checkpoints:", *(c.name for c in checkpoints.checkpoints(checkpoints.Path("run"))))
     return update(metrics)
-run.mean_over_ranks = seen
+run.all_reduce_mean = seen
 sys.exit(train.main(sys.argv[1:]))
 """)
     result = torchrun(tmp_path / "slow.py", "distill", "--model", toy_folder, "--out", "run",
@@ -312,15 +313,15 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
 
 DIE = """
 import os, signal, sys, train
-from tools import run
-means, steps = run.mean_over_ranks, []
+from runtime import run
+means, steps = run.all_reduce_mean, []
 def dying(metrics):
     steps.append(metrics)
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if len(steps) == 3 and os.environ["RANK"] == "1" and first:
         os.kill(os.getpid(), signal.SIGKILL)
     return means(metrics)
-run.mean_over_ranks = dying
+run.all_reduce_mean = dying
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -348,10 +349,10 @@ def test_a_rank_that_dies_ends_the_others_and_torchrun_starts_all_again(toy_fold
 def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
     (tmp_path / "hang.py").write_text("""
 import os, time
-from tools import ranks
-ranks.BEAT, ranks.PATIENCE = 0.2, 2
-ranks.start("cpu")
-with ranks.Watch():
+from runtime import distributed
+distributed.BEAT, distributed.PATIENCE = 0.2, 2
+distributed.init_distributed("cpu")
+with distributed.Watchdog():
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), 19)
     time.sleep(30)
@@ -368,7 +369,7 @@ with ranks.Watch():
 def test_a_bad_number_on_one_rank_skips_the_update_on_both(toy_folder, tmp_path):
     (tmp_path / "nan.py").write_text("""
 import sys, torch, train
-from tools import data, ranks, run
+from runtime import data, distributed, run
 batch = data.Toy.batch
 def spoilt(self, numbers):
     latents, text, prompts = batch(self, numbers)
@@ -379,8 +380,8 @@ data.Toy.batch = spoilt
 def shown(args, state, update, show):
     def seen(step):
         metrics = update(step)
-        weights = torch.cat([ranks.whole(p).flatten() for p in state["student"].parameters()])
-        with open(f"seen-{ranks.rank()}", "a") as file:
+        weights = torch.cat([distributed.full_tensor(p).flatten() for p in state["student"].parameters()])
+        with open(f"seen-{distributed.rank()}", "a") as file:
             print(state["cache"].means.tolist(), weights.tolist(), file=file)
         return metrics
     return run.loop(args, state, seen, show)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 
 import sample
 from adavid import FrameInterpolator
-from tools.media import file_names
+from runtime.media import file_names
 
 
 def run(toy_folder, out, *args):

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import adavid
-import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
+from runtime import checkpoints as saving
+from runtime import run
+from runtime.checkpoints import checkpoints
+from runtime.student import load_config
 from tiny_wan import WanModel, checkpoint
-from tools import run, saving
-from tools.saving import checkpoints
 
 ROOT = Path(train.__file__).parent
 
@@ -62,7 +63,7 @@ def test_teacher_stage_ends_in_a_model_that_loads(tmp_path):
     assert model.head.head.weight.dtype == torch.float16
     metadata = checkpoint.read_metadata(tmp_path)
     assert {"avd", "seed", "minutes", "scores"} <= metadata.keys()
-    config = sample.load_config(tmp_path)
+    config = load_config(tmp_path)
     assert config.lr == 2e-4 and 2 < config.temporal_truncation < 3 and config.k == 3.0
     assert (tmp_path / "samples" / "000003.png").exists()
 
@@ -87,7 +88,7 @@ def test_distill_trains_student_and_critic_and_logs_what_health_needs(toy_folder
     teacher, state = WanModel.from_pretrained(toy_folder).state_dict(), tensors(tmp_path)
     for model in ("student", "critic"):
         assert any(not torch.equal(state[f"{model}.{name}"], p) for name, p in teacher.items())
-    assert sample.load_config(tmp_path) == sample.load_config(toy_folder)
+    assert load_config(tmp_path) == load_config(toy_folder)
     assert (tmp_path / "interpolator.safetensors").exists()
 
 
@@ -111,7 +112,7 @@ def test_every_number_of_the_method_changes_behaviour(name, toy_folder, unchange
     value = CHANGES[name]
     values = value if isinstance(value, tuple) else (value,)
     distill(toy_folder, tmp_path, "--" + name.replace("_", "-"), *values, steps=4)
-    assert getattr(sample.load_config(tmp_path), name) == value
+    assert getattr(load_config(tmp_path), name) == value
     if name == "strides":  # sampling's alone
         runs = [(out / "samples" / "000004.png").read_bytes() for out in (unchanged, tmp_path)]
         assert runs[0] != runs[1]
@@ -248,10 +249,10 @@ def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays(
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for broken in ("sync", "digest"):
+    for broken in ("fsync", "sha256"):
         with monkeypatch.context() as patch:
-            patch.setattr(saving, broken, full if broken == "sync" else saving.digest)
-            if broken == "digest":  # in the middle of a file
+            patch.setattr(saving, broken, full if broken == "fsync" else saving.sha256)
+            if broken == "sha256":  # in the middle of a file
                 patch.setattr(saving.HuggingFaceStorageWriter, "write_data", full)
             line = complaint(capsys, distill(toy_folder, tmp_path / "out", steps=2))
         assert "No space left on device" in line and "checkpoint 000001 is untouched" in line
@@ -368,10 +369,8 @@ def test_a_model_of_another_world_is_named_before_anything_is_loaded(toy_folder,
 
 
 def test_a_run_whose_motion_falls_says_so(toy_folder, tmp_path, capsys, monkeypatch):
-    from tools import run
-
-    means = run.mean_over_ranks
-    monkeypatch.setattr(run, "mean_over_ranks", lambda metrics: means(metrics) | {
+    means = run.all_reduce_mean
+    monkeypatch.setattr(run, "all_reduce_mean", lambda metrics: means(metrics) | {
         "variance": 0.3, "data_variance": 1.0})
     assert train.main(["distill", "--model", str(toy_folder), "--out", str(tmp_path / "x"),
                        "--device", "cpu", "--steps", "21", "--batch-size", "1",

@@ -32,7 +32,7 @@ from unittest.mock import patch
 import imageio.v3 as iio
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import sample
@@ -40,9 +40,10 @@ import train
 from adavid import AVDConfig, FrameInterpolator
 from tests import miniature_wan
 from tiny_wan import WanConfig, WanModel, checkpoint
-from tools import cli, encode, export, lora
+from runtime import cli, lora
+from tools import encode, export
 from tools.ablation import write_shards
-from tools.saving import checkpoints
+from runtime.checkpoints import checkpoints
 
 LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
 STAGES = {

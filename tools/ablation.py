@@ -34,11 +34,13 @@ from tqdm import tqdm
 import adavid
 import kernels
 import train
-from sample import WEIGHTS, load_config, load_interpolator, sample_batches
-from tiny_wan import ToyCodec, WanModel, world
-from tools import cli, plan, report
-from tools.data import INDEX
-from tools.run import stream
+from sample import sample_batches
+from runtime.student import load_config, load_interpolator
+from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
+from runtime import cli
+from tools import plan, report
+from runtime.data import INDEX
+from runtime.run import make_generator
 
 CONDITIONS = Path(__file__).with_suffix(".toml")
 RESULTS = Path(__file__).parents[1] / "docs" / "ablation"
@@ -216,10 +218,10 @@ def write_shards(folder, seed, count, share=0.0, kinds=(), null_prompt=""):
     """Toy videos, a share of them spoilt in one of the kinds, as tools.encode writes them."""
     codec = ToyCodec()
     video, prompts = world.make(DATA_SEED + seed, range(count))
-    u = torch.rand(count, generator=stream(seed, "spoil"))
+    u = torch.rand(count, generator=make_generator(seed, "spoil"))
     for i, kind in enumerate(kinds):
         chosen = (u >= share * i / len(kinds)) & (u < share * (i + 1) / len(kinds))
-        video[chosen] = spoil(kind, video[chosen], stream(seed, kind))
+        video[chosen] = spoil(kind, video[chosen], make_generator(seed, kind))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"latents": codec.encode(video).half(), "text": codec.encode_text(prompts)}
     save_file(tensors, folder / "shard.safetensors", {"prompts": json.dumps(prompts)})
@@ -319,7 +321,7 @@ def weights(folder, log, real, text):
     readings = world.read(real)
     hardness = {"speed": readings["vx"].hypot(readings["vy"]), "saturation": readings["saturation"]}
     for kind in ("reliable", *KINDS):
-        video = real if kind == "reliable" else spoil(kind, real, stream(0, kind))
+        video = real if kind == "reliable" else spoil(kind, real, make_generator(0, kind))
         result[kind] = {"loss": [], "weight": []}
         for i in range(len(config.timesteps)):
             step = torch.full((len(video),), i)

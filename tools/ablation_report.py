@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from adavid import AVDConfig
-from tools import cli, report
+from runtime import cli
+from tools import report
 from tools.ablation import (
     COLUMNS, CONDITIONS, RESULTS, Measurements, cells, markdown, read_conditions, title, told,
     verdicts)

@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import adavid
 import train
-from sample import WEIGHTS, load_interpolator
-from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel
-from tools import cli, plan, report
+from runtime.student import load_interpolator
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel
+from runtime import cli
+from tools import plan, report
 from tools.ablation import markdown, write_shards
 
 ROOT = Path(__file__).parents[1]

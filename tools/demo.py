@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sample import WEIGHTS, load_config
-from tools import cli, report
+from runtime.student import load_config
+from tiny_wan import WEIGHTS
+from runtime import cli
+from tools import report
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 FLAGS = {"dmd": ["--lambda-reg", "0", "--lambda-temp", "0"], "avd": []}

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from sample import LONGEST, read_prompts
 from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
-from tools import cli
-from tools.data import INDEX, Prefetch
-from tools.ranks import rank, ranks, start
-from tools.run import stop_requests
-from tools.saving import sync
+from runtime import cli
+from runtime.data import INDEX, Prefetch
+from runtime.distributed import init_distributed, rank, world_size
+from runtime.run import stop_requests
+from runtime.checkpoints import fsync
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 TIMEOUT = 300  # seconds for one video
@@ -83,9 +83,9 @@ def main(argv=None):
 
 
 def run(args):
-    device = start(args.device)
+    device = init_distributed(args.device)
     # Some ranks may be done hours before others, and barriers give up after 10 to 30 minutes.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if ranks() > 1 else None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
     repeats = exclusion(args.exclude_prompts)
     items, left_out = find_items(args, repeats)
     config = WanModel.from_pretrained(args.model, device="meta").config
@@ -114,7 +114,7 @@ def run(args):
     todo = [item for item in items.items() if item[0] not in done and item[0] not in broken]
     if group:
         dist.barrier(group)  # all have looked before the first one writes
-    mine = todo[rank()::ranks()]
+    mine = todo[rank()::world_size()]
     fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
     log, pending = args.out / f"broken-{rank():03}.jsonl", []
     bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
@@ -286,7 +286,7 @@ def write_shard(out, rows, settings):
         number += 1
     about = {"settings": settings, "videos": names, "prompts": captions}
     save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in about.items()})
-    sync(Path(f"{file}.part"))
+    fsync(Path(f"{file}.part"))
     os.replace(f"{file}.part", file)
 
 

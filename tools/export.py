@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from sample import load_config
+from runtime.student import load_config
 from tiny_wan import WanModel, checkpoint
-from tools import cli
-from tools.lora import merge
+from runtime import cli
+from runtime.lora import merge
 
 SCHEDULER = {  # it noises each prediction anew, as this project's sampler does
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,

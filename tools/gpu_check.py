@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tools import cli
+from runtime import cli
 
 ROOT = Path(__file__).parents[1]
 

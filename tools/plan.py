@@ -28,8 +28,8 @@ from torch.utils.flop_counter import flop_registry
 import adavid
 from tiny_wan import PRESETS, ToyCodec, WanCodec, WanModel
 from tiny_wan.model import KEPT_PRECISE
-from tools import cli
-from tools.lora import adapted
+from runtime import cli
+from runtime.lora import add_adapters
 
 AVD = adavid.AVDConfig()
 CARDS = (16, 24, 32, 48, 80, 96, 141, 192)  # GB of the GPUs that there are
@@ -189,7 +189,7 @@ def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
         if lora:
             base = build(config)
             with torch.device("meta"):
-                teacher, student, critic = adapted(base, lora, ("student", "critic"))
+                teacher, student, critic = add_adapters(base, lora, ("student", "critic"))
             student.activate()
             learning = [base]
         else:
@@ -254,7 +254,7 @@ def memory(config, gpus=1, lora=0):
     model = build(config)
     total, block = parameters(model), parameters(model.blocks[0])
     if lora:
-        adapter = config.num_layers * sum(p.numel() for p in adapted(
+        adapter = config.num_layers * sum(p.numel() for p in add_adapters(
             build(replace(config, num_layers=1)), lora, ("student",))[1].parameters())
         return {"weights: one frozen base, bfloat16": sum(p.nbytes for p in model.parameters()),
                 "weights: two adapters, float32": 2 * 4 * adapter,

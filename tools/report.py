@@ -33,9 +33,10 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 import adavid
-from sample import WEIGHTS, load_config, load_interpolator, sample_batches
-from tiny_wan import ToyCodec, WanModel, checkpoint, world
-from tools import cli
+from sample import sample_batches
+from runtime.student import load_config, load_interpolator
+from tiny_wan import WEIGHTS, ToyCodec, WanModel, checkpoint, world
+from runtime import cli
 
 DEMO_SEED = 1001  # its prompts are for this report alone: no training run uses it
 PROMPTS, TEACHER_PROMPTS = 64, 32  # fewer for the teacher, whose steps take most of the time

@@ -14,7 +14,7 @@ FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
 
 
-def adapted(base, rank, names, seed=0):
+def add_adapters(base, rank, names, seed=0):
     """The frozen base as it is, and with each of the named adapters: models that share it.
 
     Adapters start as no change at all. They are float32 and compute in the base's dtype.

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tools import cli
+from runtime import cli
 
 
-def start(device_name):
+def init_distributed(device_name):
     """Join the other ranks, if there are any; the device of this one."""
     device = cli.pick_device(device_name)
     if device.type == "cuda":
@@ -31,14 +31,14 @@ def start(device_name):
     if "RANK" in os.environ:
         # torchrun's store outlives a restart, with the addresses of ranks that are gone.
         store, rank, ranks = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=dist.PrefixStore(attempt(), store), rank=rank,
+        dist.init_process_group(backend, store=dist.PrefixStore(restart_count(), store), rank=rank,
                                 world_size=ranks)
     elif device.type == "cuda":  # a group of one: FSDP is what computes in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
-def attempt():
+def restart_count():
     """The number of times that torchrun has started all ranks again."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
@@ -47,7 +47,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -60,7 +60,7 @@ def shard(model, device, dtype=None):
     """
     if not dist.is_initialized():
         return model.to(device, torch.float32)
-    mesh = init_device_mesh(device.type, (ranks(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     precise = [model.time_embedding, model.time_projection]  # as Wan computes them
     for part in [*precise, *model.blocks, model]:
         # Inputs stay as they are: in bfloat16 there is no timestep 757.
@@ -70,32 +70,32 @@ def shard(model, device, dtype=None):
     return model.float()  # only now, so that no rank ever holds all of it in float32
 
 
-def agreed(value):
+def broadcast(value):
     """The first rank's value, on all of them."""
     values = [value]
-    if ranks() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def everyones(value):
+def all_gather(value):
     """A list of all ranks' values, on all of them."""
-    values = [value] * ranks()
-    if ranks() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """All of a tensor that may be in parts; every rank must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def mean_over_ranks(metrics):
+def all_reduce_mean(metrics):
     """Each metric's mean over those ranks that have it."""
-    if ranks() == 1:
+    if world_size() == 1:
         return metrics
-    all_metrics = everyones(metrics)
+    all_metrics = all_gather(metrics)
     values = {name: [m[name] for m in all_metrics if name in m] for m in all_metrics for name in m}
     return {name: sum(v) / len(v) for name, v in values.items()}
 
@@ -107,7 +107,7 @@ def mean_over_ranks(metrics):
 BEAT, PATIENCE, DONE = 5, 40, 2**40  # seconds, seconds, and beats of a rank that has ended
 
 
-class Watch:
+class Watchdog:
     """Around the loop: ends this process when another rank has died, for which it would wait.
 
     Each rank beats, by a counter of its own in torchrun's store. Once one stands still for
@@ -117,7 +117,7 @@ class Watch:
     def __enter__(self):
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
-        if "MASTER_PORT" in os.environ and ranks() > 1:
+        if "MASTER_PORT" in os.environ and world_size() > 1:
             self.thread.start()
 
     def __exit__(self, kind, error, _):
@@ -130,7 +130,7 @@ class Watch:
                 self.thread.join()
 
     def watch(self):
-        keys = [f"beat/{attempt()}/{i}" for i in range(ranks())]
+        keys = [f"beat/{restart_count()}/{i}" for i in range(world_size())]
         seen = {key: (0, time.monotonic()) for key in keys}
         try:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tiny_wan import checkpoint
-from tools.ranks import Watch, agreed, everyones, mean_over_ranks, rank, ranks, whole
-from tools.saving import Saving, resume
+from runtime.distributed import Watchdog, all_gather, all_reduce_mean, broadcast, full_tensor, rank, world_size
+from runtime.checkpoints import Saving, resume
 
 MOST_SKIPS = 10  # updates in a row that may be skipped before a run gives up
 
@@ -28,30 +28,30 @@ MOST_SKIPS = 10  # updates in a row that may be skipped before a run gives up
 # ---------------------------------------------------------------------------------------------
 
 
-def stream(*key):
+def make_generator(*key):
     """The random stream of a key, such as (seed, purpose, sample): there is no state to save."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
-def streams(seed, purpose, numbers):
+def make_generators(seed, purpose, numbers):
     """A stream for each sample, by its number in the whole run: no batch or rank changes them."""
-    return [stream(seed, purpose, i) for i in numbers]
+    return [make_generator(seed, purpose, i) for i in numbers]
 
 
-def descend(model, optimizers, lr, max_norm, loss):
+def clip_and_step(model, optimizers, lr, max_norm, loss):
     """One step down the gradients that are there -> their norm.
 
     Where that, or any rank's loss, is not finite, nothing changes, and the norm is nan.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     for p in parameters:
-        if ranks() > 1 and not hasattr(p, "full_tensor"):  # FSDP has averaged its own
+        if world_size() > 1 and not hasattr(p, "full_tensor"):  # FSDP has averaged its own
             dist.all_reduce(p.grad)
-            p.grad /= ranks()
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+            p.grad /= world_size()
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
     bad = torch.tensor(not math.isfinite(norm + loss), dtype=torch.float)
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(bad)
     for optimizer in optimizers:
         if not bad:
@@ -91,10 +91,10 @@ def loop(args, state, update, show):
                disable=not first)
     saving, skips, waited = Saving(args), 0, 0
     motion = deque(maxlen=20)  # against the data's
-    with bar, stop_requests() as requests, Watch():
+    with bar, stop_requests() as requests, Watchdog():
         for step in bar:
             began = time.perf_counter()
-            metrics, done = mean_over_ranks(update(step)), step + 1
+            metrics, done = all_reduce_mean(update(step)), step + 1
             if done % args.sample_every == 0 or done == args.steps:
                 metrics |= show(args.out / "samples" / f"{done:06d}.png") or {}
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -125,7 +125,7 @@ def loop(args, state, update, show):
                 bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
                     "loss", "kl", "reg", "temp", "critic") if metrics.get(name) is not None})
             saving.poll()
-            stop = signalled(requests)
+            stop = stop_signal(requests)
             if stop or done % args.save_every == 0 or done == args.steps:
                 saving.begin(state, done)
             if stop or done == args.steps:
@@ -148,12 +148,12 @@ def loop(args, state, update, show):
 
 def check_shared(folder):
     """ValueError, on all ranks, if they do not see one and the same folder."""
-    if ranks() > 1:
-        file, token = folder / "ranks", agreed(os.urandom(8).hex())
+    if world_size() > 1:
+        file, token = folder / "ranks", broadcast(os.urandom(8).hex())
         if rank() == 0:
             file.write_text(token)
         dist.barrier()
-        seen = everyones(file.is_file() and file.read_text() == token)
+        seen = all_gather(file.is_file() and file.read_text() == token)
         if rank() == 0:
             file.unlink()
         if not all(seen):
@@ -202,9 +202,9 @@ def stop_requests():
             signal.signal(signum, handler)
 
 
-def signalled(requests):
+def stop_signal(requests):
     """The signal that any rank was sent, or 0, on all of them."""
     stop = torch.tensor(max(requests, default=0))
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(stop, dist.ReduceOp.MAX)
     return stop.item()

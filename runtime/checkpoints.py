@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from tiny_wan import checkpoint
-from tools.ranks import agreed, everyones, rank, ranks
+from runtime.distributed import all_gather, broadcast, rank, world_size
 
 
 def named_tensors(state):
@@ -48,7 +48,7 @@ class Saving:
     def __init__(self, args):
         self.args, self.pending, self.pool = args, None, ThreadPoolExecutor(1)
         # With a group of its own, or the loop's messages and a save's would be mistaken.
-        self.group = dist.new_group(backend="gloo") if ranks() > 1 else None
+        self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def begin(self, state, step):
         """Start to write. OSError says what the disk said, and which checkpoint is still there."""
@@ -60,12 +60,12 @@ class Saving:
                 for left in part.parent.glob("*.part"):
                     shutil.rmtree(left, ignore_errors=True)
                 for log in self.args.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
-                    sync(log)
+                    fsync(log)
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
                 part.mkdir()
                 (part / STATE).write_text(json.dumps({"step": step} | flags(self.args)))
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-            if ranks() > 1:
+            if world_size() > 1:
                 dist.barrier()
                 written = dcp.async_save(named_tensors(state), storage_writer=writer,
                                          process_group=self.group)
@@ -93,12 +93,12 @@ class Saving:
         """When all ranks have sealed theirs the checkpoint gets its name, and older ones go."""
         if rank() == 0:
             part = folder.with_suffix(".part")
-            while len(list(part.glob(SUMS.format("*")))) < ranks():
+            while len(list(part.glob(SUMS.format("*")))) < world_size():
                 time.sleep(0.1)
-            sync(part)
+            fsync(part)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
-            sync(folder.parent)
+            fsync(folder.parent)
             every = self.args.keep_every
             # Those of later steps are damaged, or this one would not have been written.
             for old in checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
@@ -136,14 +136,14 @@ def seal(part, wait=lambda: None):
     wait()
     ours = [*part.glob(f"shard-{rank() + 1:05d}-*"), *[part / STATE] * (rank() == 0)]
     for file in ours:
-        sync(file)
+        fsync(file)
     sums = part / SUMS.format(rank())
-    sums.with_suffix(".part").write_text(json.dumps({file.name: digest(file) for file in ours}))
-    sync(sums.with_suffix(".part"))
+    sums.with_suffix(".part").write_text(json.dumps({file.name: sha256(file) for file in ours}))
+    fsync(sums.with_suffix(".part"))
     os.replace(sums.with_suffix(".part"), sums)
 
 
-def sync(path):
+def fsync(path):
     """Onto the disk: a file, or the names in a folder."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
@@ -154,7 +154,7 @@ def sync(path):
         os.close(opened)
 
 
-def digest(file):
+def sha256(file):
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -173,13 +173,13 @@ def flags(args):
         values |= vars(values.pop("avd"))
     for name in ("batch_size", "accumulate"):
         values.pop(name, None)
-    values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * ranks()
+    values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()
     return {"flags": json.loads(json.dumps(values, default=str))}
 
 
 def resume(args, state):
     """Load the newest whole checkpoint into `state`, if there is one; the step to go on with."""
-    found, problems = agreed(checkpoints(args.out)), []
+    found, problems = broadcast(checkpoints(args.out)), []
     for folder in reversed(found):
         if problem := damage(folder):
             problems.append(problem)
@@ -203,12 +203,12 @@ def damage(folder):
         names = sorted({STATE, *(file.name for file in folder.glob("*.safetensors"))})
         if sorted(sums) != names:
             problem = f"{folder}: does not hold the files that its checksums are of"
-        for name in names[rank()::ranks()]:
-            if digest(folder / name) != sums.get(name):
+        for name in names[rank()::world_size()]:
+            if sha256(folder / name) != sums.get(name):
                 problem = problem or f"{folder / name}: damaged, its checksum is another"
     except (OSError, ValueError) as error:
         problem = f"{folder}: damaged ({error})"
-    return next(filter(None, everyones(problem)), None)
+    return next(filter(None, all_gather(problem)), None)
 
 
 def load(args, state, folder):
@@ -226,7 +226,7 @@ def load(args, state, folder):
             if isinstance(part, torch.optim.Optimizer):
                 make_moments(name, part, there)
         with warnings.catch_warnings(action="ignore"):  # of having one process
-            dcp.load(named_tensors(state), storage_reader=reader, no_dist=ranks() == 1)
+            dcp.load(named_tensors(state), storage_reader=reader, no_dist=world_size() == 1)
     except (KeyError, AttributeError, SafetensorError, dcp.api.CheckpointException,
             RuntimeError) as error:
         if isinstance(error := cause(error), OSError):
