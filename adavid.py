@@ -358,10 +358,10 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
     """
     noise = draw(torch.randn, real.shape, real, generator)
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
-    kl = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
+    dmd = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
     temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
-    yield kl + config.lambda_temp * temp, {
-        "kl": kl.detach(), "temp": temp.detach(), "x0": x0.detach(),
+    yield dmd + config.lambda_temp * temp, {
+        "dmd": dmd.detach(), "temp": temp.detach(), "x0": x0.detach(),
         "variance": kernels.temporal_variance(x0.detach()).mean()}
 
     if config.lambda_reg:

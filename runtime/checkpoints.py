@@ -1,9 +1,9 @@
-"""Checkpoints that outlive what happens to processes, disks and files.
+"""Checkpoints that survive kills, full disks and damaged files.
 
-Each is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint, which any
-number of ranks can load, `state.json` with step and flags, and the files' checksums. It is written
-as `000123.part`, synced, and renamed: one that has its name was whole, and its checksums tell
-whether it still is.
+A checkpoint is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint,
+which any number of ranks can load; `state.json` with the step and the flags; and checksums of all
+of these. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
+final name was whole when it was written, and the checksums tell whether it still is.
 """
 
 import hashlib
@@ -28,9 +28,8 @@ from runtime.distributed import all_gather, broadcast, rank, world_size
 
 
 def named_tensors(state):
-    """{name: tensor} of all modules and optimizers: the very tensors, so that loading fills them.
-
-    A rank holds its parts of them.
+    """{name: tensor} of all modules and optimizers, this rank's parts of them. Not copies: loading
+    fills them.
     """
     tensors = {}
     for name, part in state.items():
@@ -42,20 +41,38 @@ def named_tensors(state):
     return tensors
 
 
-class Saving:
-    """Writes checkpoints; with several ranks in the background, each its own parts."""
+class Checkpointer:
+    """Saves and loads a run's checkpoints. Several ranks save in the background, each its part."""
 
     def __init__(self, args):
         self.args, self.pending, self.pool = args, None, ThreadPoolExecutor(1)
-        # With a group of its own, or the loop's messages and a save's would be mistaken.
+        # A group of its own keeps a save's messages apart from the training loop's.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
-    def begin(self, state, step):
-        """Start to write. OSError says what the disk said, and which checkpoint is still there."""
-        self.finish()
+    def load(self, state):
+        """Fill `state` from the newest whole checkpoint; the step to go on with, 0 if there is none.
+
+        ValueError where there are checkpoints, but every one of them is damaged.
+        """
+        found, problems = broadcast(list_checkpoints(self.args.out)), []
+        for folder in reversed(found):
+            if problem := find_damage(folder):
+                problems.append(problem)
+                continue
+            if problems and rank() == 0:
+                print(f"note: {'; '.join(problems)}; going on from checkpoint {folder.name}")
+            return load(self.args, state, folder)
+        if problems:
+            raise ValueError(f"{problems[0]}; no checkpoint in {self.args.out / 'checkpoints'} is "
+                             f"whole: delete them to start anew")
+        return 0
+
+    def save(self, state, step):
+        """Start to write a checkpoint. OSError says what the disk said, and what is still there."""
+        self.wait()
         folder = self.args.out / "checkpoints" / f"{step:06d}"
         part = folder.with_suffix(".part")
-        with self.complaints(part):
+        with self.naming_errors(part):
             if rank() == 0:
                 for left in part.parent.glob("*.part"):
                     shutil.rmtree(left, ignore_errors=True)
@@ -77,20 +94,20 @@ class Saving:
                 self.publish(folder)
 
     def poll(self):
-        """Publish what has been written meanwhile."""
+        """Publish a checkpoint that has been written meanwhile."""
         if self.pending and self.pending[0].done():
-            self.finish()
+            self.wait()
 
-    def finish(self):
-        """Wait for what is being written."""
+    def wait(self):
+        """Wait for the checkpoint that is being written, and publish it."""
         if self.pending:
             (sealed, folder), self.pending = self.pending, None
-            with self.complaints(folder.with_suffix(".part")):
+            with self.naming_errors(folder.with_suffix(".part")):
                 sealed.result()
                 self.publish(folder)
 
     def publish(self, folder):
-        """When all ranks have sealed theirs the checkpoint gets its name, and older ones go."""
+        """Once all ranks have sealed their parts, give the checkpoint its name; delete old ones."""
         if rank() == 0:
             part = folder.with_suffix(".part")
             while len(list(part.glob(SUMS.format("*")))) < world_size():
@@ -101,19 +118,19 @@ class Saving:
             fsync(folder.parent)
             every = self.args.keep_every
             # Those of later steps are damaged, or this one would not have been written.
-            for old in checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
+            for old in list_checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
                 if not every or int(old.name) % every:
                     shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
-    def complaints(self, part):
-        """Around what writes: one line, on every rank, and no half of a checkpoint in the way."""
+    def naming_errors(self, part):
+        """What goes wrong in writing becomes one line on every rank, and no half is left behind."""
         try:
             yield
         except (OSError, dcp.api.CheckpointException) as error:
             error = cause(error)
             shutil.rmtree(part, ignore_errors=True)
-            there = [f.name for f in checkpoints(self.args.out, int(part.stem))]
+            there = [f.name for f in list_checkpoints(self.args.out, int(part.stem))]
             kept = f"checkpoint {there[-1]} is untouched" if there else "there is no earlier one"
             raise OSError(f"{part}: not written ({getattr(error, 'strerror', None) or error}); "
                           f"{kept}") from None
@@ -123,7 +140,7 @@ SUMS, STATE = "checksums-{}.json", "state.json"
 
 
 def cause(error):
-    """What a rank met, where torch.distributed.checkpoint wraps it, even a Ctrl-C."""
+    """The error that torch.distributed.checkpoint has wrapped, which may be a Ctrl-C."""
     if isinstance(error, dcp.api.CheckpointException):
         error, _ = next(iter(error.failures.values()))
     if isinstance(error, KeyboardInterrupt):
@@ -132,7 +149,7 @@ def cause(error):
 
 
 def seal(part, wait=lambda: None):
-    """Sync this rank's files of a checkpoint, once they are written, and note their checksums."""
+    """Sync this rank's files of a checkpoint once they are written, and write their checksums."""
     wait()
     ours = [*part.glob(f"shard-{rank() + 1:05d}-*"), *[part / STATE] * (rank() == 0)]
     for file in ours:
@@ -144,7 +161,7 @@ def seal(part, wait=lambda: None):
 
 
 def fsync(path):
-    """Onto the disk: a file, or the names in a folder."""
+    """Flush a file to the disk, or the names in a folder."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows wants to write
@@ -159,14 +176,14 @@ def sha256(file):
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def checkpoints(out, last=math.inf):
+def list_checkpoints(out, last=math.inf):
     """The folders of a run's checkpoints up to a step, oldest first."""
     folders = (f for f in (out / "checkpoints").glob("*") if f.name.isdecimal())
     return sorted((f for f in folders if int(f.name) <= last), key=lambda f: int(f.name))
 
 
 def flags(args):
-    """What must not change while a run goes on, with the videos of an update on all ranks."""
+    """The flags that must not change on resuming, and the videos in an update over all ranks."""
     values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in args.free}
     if "avd" in values:
@@ -177,24 +194,8 @@ def flags(args):
     return {"flags": json.loads(json.dumps(values, default=str))}
 
 
-def resume(args, state):
-    """Load the newest whole checkpoint into `state`, if there is one; the step to go on with."""
-    found, problems = broadcast(checkpoints(args.out)), []
-    for folder in reversed(found):
-        if problem := damage(folder):
-            problems.append(problem)
-            continue
-        if problems and rank() == 0:
-            print(f"note: {'; '.join(problems)}; going on from checkpoint {folder.name}")
-        return load(args, state, folder)
-    if problems:
-        raise ValueError(f"{problems[0]}; none in {args.out / 'checkpoints'} is whole: delete them "
-                         f"to start anew")
-    return 0
-
-
-def damage(folder):
-    """What is wrong with a checkpoint's files, or None. Each rank reads a share of them."""
+def find_damage(folder):
+    """What is wrong with a checkpoint's files, or None. Each rank checks a share of them."""
     problem = None
     try:
         sums = {}
@@ -202,17 +203,17 @@ def damage(folder):
             sums |= checkpoint.read_json(file)
         names = sorted({STATE, *(file.name for file in folder.glob("*.safetensors"))})
         if sorted(sums) != names:
-            problem = f"{folder}: does not hold the files that its checksums are of"
+            problem = f"{folder}: its files are not those that its checksums list"
         for name in names[rank()::world_size()]:
             if sha256(folder / name) != sums.get(name):
-                problem = problem or f"{folder / name}: damaged, its checksum is another"
+                problem = problem or f"{folder / name}: damaged, its checksum has changed"
     except (OSError, ValueError) as error:
         problem = f"{folder}: damaged ({error})"
     return next(filter(None, all_gather(problem)), None)
 
 
 def load(args, state, folder):
-    """Fill `state` from a checkpoint of this very run; its step."""
+    """Fill `state` from a checkpoint; its step. ValueError unless it belongs to this run."""
     try:
         saved = checkpoint.read_json(folder / STATE)
         then, now = saved["flags"], flags(args)["flags"]
@@ -238,7 +239,7 @@ def load(args, state, folder):
 
 
 def make_moments(name, optimizer, there):
-    """Empty moments, as the optimizer would make them at its first step, to be filled."""
+    """Make the moments that the optimizer would make at its first step, for `load` to fill."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {}
     for key, about in there.items():

@@ -89,3 +89,9 @@ def pick_device(name):
         raise ValueError(f"--device {name}: this machine has no such device; "
                          f"try --device {next(device for device, ok in there.items() if ok)}")
     return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """torch.float32 or torch.bfloat16; 'auto' is bfloat16 on a GPU (CUDA or ROCm), or else None."""
+    automatic = torch.bfloat16 if device.type == "cuda" else None
+    return automatic if name == "auto" else getattr(torch, name)

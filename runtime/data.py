@@ -13,9 +13,21 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tiny_wan import checkpoint, world
+from runtime.distributed import rank, world_size
+from tiny_wan import ToyCodec, checkpoint, world
 
 INDEX = "index.json"
+
+
+def open_data(args):
+    """The shards in `args.data`, or the toy world."""
+    return Shards(args.data, args.seed) if args.data else Toy(ToyCodec(), args.seed)
+
+
+def sample_indices(args, batch):
+    """Of this rank's samples in a batch: their indices in the whole run."""
+    first = (batch * world_size() + rank()) * args.batch_size
+    return range(first, first + args.batch_size)
 
 
 class Toy:

@@ -1,6 +1,7 @@
-"""What every training run needs: random streams, a step down the gradients, and the loop.
+"""What the training loops of train.py share: random generators, the optimizer step, and `Run`,
+a run's folder with its log and its checkpoints.
 
-All ranks take the same decisions: which step is drawn, whether an update is skipped, when to stop.
+All ranks decide alike: whether an update is skipped, and when to stop.
 """
 
 import hashlib
@@ -11,38 +12,44 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from runtime.checkpoints import Checkpointer
+from runtime.distributed import (
+    Watchdog, all_gather, all_reduce_mean, broadcast, full_tensor, rank, world_size)
 from tiny_wan import checkpoint
-from runtime.distributed import Watchdog, all_gather, all_reduce_mean, broadcast, full_tensor, rank, world_size
-from runtime.checkpoints import Saving, resume
 
-MOST_SKIPS = 10  # updates in a row that may be skipped before a run gives up
+MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
+MOTION_WINDOW = 20  # steps over which the students' motion is compared with the data's
 
 # ---------------------------------------------------------------------------------------------
-# Randomness
+# Randomness, and a step of the optimizer
 # ---------------------------------------------------------------------------------------------
 
 
 def make_generator(*key):
-    """The random stream of a key, such as (seed, purpose, sample): there is no state to save."""
+    """A torch.Generator seeded by its key, such as (seed, purpose, sample).
+
+    A resumed run makes the same generators again, so checkpoints hold no random state.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
-def make_generators(seed, purpose, numbers):
-    """A stream for each sample, by its number in the whole run: no batch or rank changes them."""
-    return [make_generator(seed, purpose, i) for i in numbers]
+def make_generators(seed, purpose, indices):
+    """One generator for each sample, by its index in the whole run, whatever its batch or rank."""
+    return [make_generator(seed, purpose, i) for i in indices]
 
 
 def clip_and_step(model, optimizers, lr, max_norm, loss):
-    """One step down the gradients that are there -> their norm.
+    """Average gradients over ranks, clip them to `max_norm`, step, zero them. Returns their norm.
 
-    Where that, or any rank's loss, is not finite, nothing changes, and the norm is nan.
+    Where the norm or any rank's `loss` (a float) is not finite, no weight changes, and the
+    returned norm is nan.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     for p in parameters:
@@ -62,92 +69,130 @@ def clip_and_step(model, optimizers, lr, max_norm, loss):
 
 
 # ---------------------------------------------------------------------------------------------
-# The loop
+# A run's folder
 # ---------------------------------------------------------------------------------------------
 
 
-def loop(args, state, update, show):
-    """Run `update(step) -> metrics` up to `args.steps`, resuming and saving `state`.
+class Run:
+    """Resumes `state`, modules and optimizers by name, from `args.out`; logs and saves there.
 
-    Returns the minutes that all steps took, on the first rank.
-
-    state: the modules and optimizers that make up the run, by name.
-    update: its "skipped" metric tells that the step changed nothing, as a number was not finite.
-    show: draws the fixed prompts to a path, and returns what else is worth logging.
+        with Run(args, state) as run:
+            for step in run.steps():
+                ...
+                run.log(step, metrics)
+                run.save(step)
     """
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    check_shared(args.out)
-    start = resume(args, state)
-    first = rank() == 0
-    if first:
-        for log in ("metrics.jsonl", "times.jsonl"):  # what came after the checkpoint is redone
-            keep_lines(args.out / log, start)
 
-    board = None
-    if args.tensorboard and first:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(args.out)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out.name,
-               disable=not first)
-    saving, skips, waited = Saving(args), 0, 0
-    motion = deque(maxlen=20)  # against the data's
-    with bar, stop_requests() as requests, Watchdog():
-        for step in bar:
-            began = time.perf_counter()
-            metrics, done = all_reduce_mean(update(step)), step + 1
-            if done % args.sample_every == 0 or done == args.steps:
-                metrics |= show(args.out / "samples" / f"{done:06d}.png") or {}
-            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-            metrics |= dict.fromkeys(bad)  # JSON has no NaN
-            skips = skips + 1 if metrics.get("skipped") else 0
-            if skips and first:
-                tqdm.write(f"step {step}: skipped, as this is not finite: {', '.join(bad)}")
-            if skips == MOST_SKIPS:
-                saving.finish()
-                raise ValueError(
-                    f"step {step}: {skips} updates in a row had a loss or a gradient that is not "
-                    f"finite; the last checkpoint is untouched, and a lower learning rate may help")
-            if "variance" in metrics and not bad:
-                motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
-                if (share := sum(motion) / 20) < 0.5 and len(motion) == 20:
-                    if first:
-                        tqdm.write(f"step {step}: motion has fallen to {share:.0%} of the data's")
-                    motion.clear()
-            before, waited = waited, metrics.pop("waited", 0)
-            times = {"step": step, "seconds": time.perf_counter() - began,
-                     "waited": waited - before}  # of these, for data
-            if board:
-                for name, value in metrics.items():
-                    board.add_scalar(name, math.nan if value is None else value, step)
-            if first:
-                append(args.out / "metrics.jsonl", {"step": step} | metrics)
-                append(args.out / "times.jsonl", times)
-                bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
-                    "loss", "kl", "reg", "temp", "critic") if metrics.get(name) is not None})
-            saving.poll()
-            stop = stop_signal(requests)
-            if stop or done % args.save_every == 0 or done == args.steps:
-                saving.begin(state, done)
-            if stop or done == args.steps:
-                saving.finish()
-            if stop:
-                bar.close()
-                if first:
-                    print(f"stopped and saved at step {done} of {args.steps}; "
-                          f"the same command resumes there", file=sys.stderr)
-                raise SystemExit(128 + stop)
-    if not first:
-        return 0
-    times = [json.loads(line) for line in (args.out / "times.jsonl").read_text().splitlines()]
-    seconds, waited = (sum(line.get(name, 0) for line in times) for name in ("seconds", "waited"))
-    if seconds:
-        print(f"{args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them waiting for "
-              f"data")
-    return seconds / 60
+    def __init__(self, args, state):
+        self.args, self.state = args, state
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        check_shared(args.out)
+        self.checkpointer = Checkpointer(args)
+        self.start = self.checkpointer.load(state)
+        if rank() == 0:
+            for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
+                truncate_log(args.out / log, self.start)
+        self.skips, self.waited, self.motion = 0, 0.0, deque(maxlen=MOTION_WINDOW)
+        self.board = None
+        if args.tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(args.out)
+
+    def __enter__(self):
+        args, self.stack = self.args, ExitStack()
+        self.bar = self.stack.enter_context(tqdm(
+            range(self.start, args.steps), initial=self.start, total=args.steps,
+            desc=args.out.name, disable=rank() > 0))
+        self.signals = self.stack.enter_context(stop_signals())
+        self.stack.enter_context(Watchdog())
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def steps(self):
+        """The steps that are left, under a progress bar."""
+        for step in self.bar:
+            self.began = time.perf_counter()
+            yield step
+
+    def draws(self, step):
+        """Whether this step ends with pictures."""
+        return (step + 1) % self.args.sample_every == 0 or step + 1 == self.args.steps
+
+    def picture(self, step):
+        return self.args.out / "samples" / f"{step + 1:06d}.png"
+
+    def log(self, step, metrics, waited=0.0):
+        """Append the metrics, averaged over ranks, to metrics.jsonl, and warn of what looks bad.
+
+        waited: the seconds that the whole run has waited for data so far.
+        ValueError after MOST_SKIPS steps in a row that skipped an update.
+        """
+        metrics = all_reduce_mean(metrics)
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        metrics |= dict.fromkeys(bad)  # JSON has no NaN
+        skipped = any(name.endswith("grad_norm") for name in bad)
+        self.skips = self.skips + 1 if skipped else 0
+        if skipped:
+            metrics["skipped"] = 1
+            self.warn(f"step {step}: skipped, as this is not finite: {', '.join(bad)}")
+        if self.skips == MOST_SKIPS:
+            self.checkpointer.wait()
+            raise ValueError(
+                f"step {step}: {self.skips} updates in a row had a loss or a gradient that is not "
+                f"finite; the last checkpoint is untouched, and a lower learning rate may help")
+        if "variance" in metrics and not bad:
+            self.motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
+            share = sum(self.motion) / MOTION_WINDOW
+            if share < 0.5 and len(self.motion) == MOTION_WINDOW:
+                self.warn(f"step {step}: motion has fallen to {share:.0%} of the data's")
+                self.motion.clear()
+        seconds, waited, self.waited = time.perf_counter() - self.began, waited - self.waited, waited
+        if rank() == 0:
+            append(self.args.out / "metrics.jsonl", {"step": step} | metrics)
+            append(self.args.out / "times.jsonl",
+                   {"step": step, "seconds": seconds, "waited": waited})
+            self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
+                "loss", "dmd", "reg", "temp", "critic") if metrics.get(name) is not None})
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, math.nan if value is None else value, step)
+
+    def warn(self, message):
+        if rank() == 0:
+            tqdm.write(message)
+
+    def save(self, step):
+        """Save a checkpoint where one is due: every `save_every` steps, at the last, or to stop.
+
+        SystemExit after SIGINT or SIGTERM, once the checkpoint is on the disk.
+        """
+        done, stop = step + 1, stop_requested(self.signals)
+        self.checkpointer.poll()
+        if stop or done % self.args.save_every == 0 or done == self.args.steps:
+            self.checkpointer.save(self.state, done)
+        if stop or done == self.args.steps:
+            self.checkpointer.wait()
+        if stop:
+            self.bar.close()
+            if rank() == 0:
+                print(f"stopped and saved at step {done} of {self.args.steps}; run the same "
+                      f"command to resume", file=sys.stderr)
+            raise SystemExit(128 + stop)
+
+    def minutes(self):
+        """How long all steps took, resumed ones included; printed with the time spent waiting."""
+        times = [json.loads(line) for line in open(self.args.out / "times.jsonl")]
+        seconds, waited = (sum(line[name] for line in times) for name in ("seconds", "waited"))
+        if seconds:
+            print(f"{self.args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them "
+                  f"waiting for data")
+        return seconds / 60
 
 
 def check_shared(folder):
-    """ValueError, on all ranks, if they do not see one and the same folder."""
+    """ValueError, on all ranks, unless they all see the same folder."""
     if world_size() > 1:
         file, token = folder / "ranks", broadcast(os.urandom(8).hex())
         if rank() == 0:
@@ -160,8 +205,8 @@ def check_shared(folder):
             raise ValueError(f"--out {folder} must be a folder that all nodes share")
 
 
-def keep_lines(log, count):
-    """Cut a log behind its first `count` lines. ValueError where it has fewer, or damaged ones."""
+def truncate_log(log, count):
+    """Keep a log's first `count` lines. ValueError if there are fewer, or if one is damaged."""
     with open(log, "a+b") as file:
         file.seek(0)
         kept = [line for line, _ in zip(file, range(count)) if line.endswith(b"\n")]
@@ -173,7 +218,7 @@ def keep_lines(log, count):
 
 
 def append(log, line):
-    """OSError names the log: on a full disk it is often the first to fail."""
+    """Add a line of JSON. OSError names the log: on a full disk it is often the first to fail."""
     try:
         with open(log, "a") as file:
             print(json.dumps(line), file=file)
@@ -182,29 +227,30 @@ def append(log, line):
 
 
 @contextmanager
-def stop_requests():
-    """A list that collects SIGINT and SIGTERM, so that a step ends first.
+def stop_signals():
+    """A list that collects SIGINT and SIGTERM, so that the current step can end first.
 
-    A second Ctrl-C kills; of SIGTERM, torchrun and whoever ends a job often send one each.
+    A second Ctrl-C kills. A second SIGTERM does not, as torchrun and a job's scheduler may each
+    send one.
     """
-    requests = []
+    signals = []
 
     def request(signum, _):
-        requests.append(signum)
+        signals.append(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, handlers[signum])
 
     handlers = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requests
+        yield signals
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
-def stop_signal(requests):
-    """The signal that any rank was sent, or 0, on all of them."""
-    stop = torch.tensor(max(requests, default=0))
+def stop_requested(signals):
+    """The signal that any rank has received, on all ranks, or 0."""
+    stop = torch.tensor(max(signals, default=0))
     if world_size() > 1:
         dist.all_reduce(stop, dist.ReduceOp.MAX)
     return stop.item()

@@ -19,7 +19,7 @@ from tests.test_train import complaint
 from tiny_wan import WanModel
 from runtime import lora
 from tools import export
-from runtime.checkpoints import checkpoints
+from runtime.checkpoints import list_checkpoints
 
 ROOT = Path(train.__file__).parent
 
@@ -40,7 +40,7 @@ def distill(teacher, out, *flags, ranks=1, batch=2, steps=3):
 
 def state(out):
     """All tensors of a run's newest checkpoint, whole, by whichever ranks it was written."""
-    reader = HuggingFaceStorageReader(str(checkpoints(out)[-1]))
+    reader = HuggingFaceStorageReader(str(list_checkpoints(out)[-1]))
     tensors = {name: torch.zeros(about.size, dtype=about.properties.dtype)
                for name, about in reader.read_metadata().state_dict_metadata.items()}
     with warnings.catch_warnings(action="ignore"):
@@ -88,7 +88,7 @@ def test_two_ranks_have_one_processs_gradients(first_cycles):
         assert distance(moments, two, optimizer) <= 1e-5 * distance(moments, zero, optimizer)
     torch.testing.assert_close(one["cache.means"], two["cache.means"], rtol=1e-5, atol=1e-7)
     logs = [json.loads((first_cycles[ranks] / "metrics.jsonl").read_text()) for ranks in (1, 2)]
-    for name in ("loss", "kl", "reg", "critic", "student_grad_norm", "variance"):
+    for name in ("loss", "dmd", "reg", "critic", "student_grad_norm", "variance"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
 
 
@@ -96,7 +96,7 @@ def test_two_ranks_have_one_processs_gradients(first_cycles):
 def test_a_checkpoint_resumes_on_any_number_of_ranks(
         before, after, first_cycles, one, toy_folder, tmp_path):
     out = shutil.copytree(first_cycles[before], tmp_path / "run")
-    flags = json.loads((checkpoints(out)[-1] / "state.json").read_text())
+    flags = json.loads((list_checkpoints(out)[-1] / "state.json").read_text())
     assert flags["step"] == 1
     distill(toy_folder, out, ranks=after, batch=2 // after)
     assert same(one, out, toy_folder)
@@ -286,7 +286,7 @@ Writer.write_data = slowly
 update = run.all_reduce_mean
 def seen(metrics):
     if distributed.rank() == 0:
-        print("checkpoints:", *(c.name for c in checkpoints.checkpoints(checkpoints.Path("run"))))
+        print("checkpoints:", *(c.name for c in checkpoints.list_checkpoints(checkpoints.Path("run"))))
     return update(metrics)
 run.all_reduce_mean = seen
 sys.exit(train.main(sys.argv[1:]))
@@ -295,7 +295,7 @@ sys.exit(train.main(sys.argv[1:]))
                       "--batch-size", 1, "--steps", 12, "--device", "cpu", "--sample-every", 100,
                       "--save-every", 2, "--critic-updates", 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert checkpoints(tmp_path / "run")[-1].name == "000012"
+    assert list_checkpoints(tmp_path / "run")[-1].name == "000012"
     seen = [line.split()[1:] for line in result.stdout.splitlines() if "checkpoints:" in line]
     assert "000002" in seen[3] + seen[4]  # named before the next one is begun, or soon after
 
@@ -377,15 +377,13 @@ def spoilt(self, numbers):
         latents[0, 0, 0, 0, 0] = float("nan")
     return latents, text, prompts
 data.Toy.batch = spoilt
-def shown(args, state, update, show):
-    def seen(step):
-        metrics = update(step)
-        weights = torch.cat([distributed.full_tensor(p).flatten() for p in state["student"].parameters()])
-        with open(f"seen-{distributed.rank()}", "a") as file:
-            print(state["cache"].means.tolist(), weights.tolist(), file=file)
-        return metrics
-    return run.loop(args, state, seen, show)
-train.loop = shown
+log = run.Run.log
+def seen(self, *args):
+    weights = [distributed.full_tensor(p).flatten() for p in self.state["student"].parameters()]
+    with open(f"seen-{distributed.rank()}", "a") as file:
+        print(self.state["cache"].means.tolist(), torch.cat(weights).tolist(), file=file)
+    log(self, *args)
+run.Run.log = seen
 sys.exit(train.main(sys.argv[1:]))
 """)
     result = torchrun(tmp_path / "nan.py", "distill", "--model", toy_folder, "--out", "run",
@@ -394,10 +392,10 @@ sys.exit(train.main(sys.argv[1:]))
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line.get("skipped") for line in lines] == [None, 1, None]
-    assert lines[1]["reg"] is None and lines[1]["kl"] is not None
+    assert lines[1]["reg"] is None and lines[1]["dmd"] is not None
     said, = (line for line in result.stdout.splitlines() if "skipped" in line)
     assert said.startswith("step 1: skipped") and "reg" in said and "student_grad_norm" in said
     seen, others = ((tmp_path / f"seen-{rank}").read_text().splitlines() for rank in range(2))
     assert seen == others and seen[0] == seen[1] != seen[2]  # the cache, and the student's weights
-    tensors = load_file(next(checkpoints(tmp_path / "run")[-1].glob("shard-*1-of*")), "cpu")
+    tensors = load_file(next(list_checkpoints(tmp_path / "run")[-1].glob("shard-*1-of*")), "cpu")
     assert all(tensor.isfinite().all() for tensor in tensors.values())

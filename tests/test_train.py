@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 import adavid
 import train
 from adavid import AVDConfig, FrameInterpolator
-from runtime import checkpoints as saving
-from runtime import run
-from runtime.checkpoints import checkpoints
+from runtime import checkpoints, pictures, run
+from runtime.checkpoints import list_checkpoints
 from runtime.student import load_config
 from tiny_wan import WanModel, checkpoint
 
@@ -34,7 +33,7 @@ def distill(toy_folder, out, *flags, steps=2):
 
 def checkpoint_file(out):
     """The one file of a run's newest checkpoint."""
-    file, = checkpoints(out)[-1].glob("*.safetensors")
+    file, = list_checkpoints(out)[-1].glob("*.safetensors")
     return file
 
 
@@ -81,7 +80,7 @@ def test_distill_trains_student_and_critic_and_logs_what_health_needs(toy_folder
     assert distill(toy_folder, tmp_path) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
-    assert {"loss", "kl", "reg", "temp", "weight", "critic", "variance", "data_variance",
+    assert {"loss", "dmd", "reg", "temp", "weight", "critic", "variance", "data_variance",
             "student_grad_norm", "critic_grad_norm", "cache_1000", "cache_522"} <= lines[-1].keys()
     assert not any("seconds" in line for line in lines)
     assert len((tmp_path / "times.jsonl").read_text().splitlines()) == 2
@@ -137,7 +136,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_unbroken_one(toy_folder,
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1].decode()
-    assert process.returncode == 130 and "the same command resumes there" in error
+    assert process.returncode == 130 and "run the same command to resume" in error
     assert 5 <= int(json.loads(log.read_text().splitlines()[-1])["step"]) < 39
 
     subprocess.run([*command, str(broken)], cwd=ROOT, env=env, check=True)
@@ -151,13 +150,13 @@ def test_the_other_stages_resume_exactly_too(stage, tmp_path, monkeypatch):
            *["--score-prompts", "1"] * (stage == "teacher")]
     assert train.main([*command, "--out", str(tmp_path / "whole")]) == 0
 
-    begin = run.Saving.begin
+    save = checkpoints.Checkpointer.save
 
     def save_and_die(self, state, step):
-        begin(self, state, step)
+        save(self, state, step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Saving, "begin", save_and_die)
+    monkeypatch.setattr(checkpoints.Checkpointer, "save", save_and_die)
     assert train.main([*command, "--out", str(tmp_path / "broken")]) == 130
     monkeypatch.undo()
     assert train.main([*command, "--out", str(tmp_path / "broken")]) == 0
@@ -220,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(toy_folder, tm
     lambda folder: (folder / "checksums-0.json").unlink()])
 def test_where_no_checkpoint_is_whole_they_are_named_and_stay(damage, toy_folder, tmp_path, capsys):
     distill(toy_folder, tmp_path, steps=1)
-    damage(folder := checkpoints(tmp_path)[-1])
+    damage(folder := list_checkpoints(tmp_path)[-1])
     line = complaint(capsys, distill(toy_folder, tmp_path, steps=1))
     assert line.startswith(f"error: {folder}") and "delete them to start anew" in line
     assert folder.exists()
@@ -229,15 +228,15 @@ def test_where_no_checkpoint_is_whole_they_are_named_and_stay(damage, toy_folder
 def test_the_last_checkpoints_and_every_nth_are_kept(toy_folder, tmp_path):
     distill(toy_folder, tmp_path, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--lambda-reg",
             0, "--sample-every", 100, "--critic-updates", 0, steps=8)
-    assert [int(f.name) for f in checkpoints(tmp_path)] == [3, 6, 7, 8]
+    assert [int(f.name) for f in list_checkpoints(tmp_path)] == [3, 6, 7, 8]
 
 
 def test_a_damaged_checkpoint_of_a_later_step_pushes_none_out(toy_folder, tmp_path):
     flags = ["--keep", 1, "--lambda-reg", 0, "--critic-updates", 0, "--sample-every", 100]
     distill(toy_folder, tmp_path, *flags, "--keep-every", 1, "--save-every", 2, steps=4)
-    (checkpoints(tmp_path)[-1] / "state.json").unlink()
+    (list_checkpoints(tmp_path)[-1] / "state.json").unlink()
     assert distill(toy_folder, tmp_path, *flags, "--save-every", 1, steps=3) == 0
-    assert [int(f.name) for f in checkpoints(tmp_path)] == [3, 4]
+    assert [int(f.name) for f in list_checkpoints(tmp_path)] == [3, 4]
     assert distill(toy_folder, tmp_path, *flags, steps=3) == 0
 
 
@@ -251,9 +250,9 @@ def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays(
 
     for broken in ("fsync", "sha256"):
         with monkeypatch.context() as patch:
-            patch.setattr(saving, broken, full if broken == "fsync" else saving.sha256)
+            patch.setattr(checkpoints, broken, full if broken == "fsync" else checkpoints.sha256)
             if broken == "sha256":  # in the middle of a file
-                patch.setattr(saving.HuggingFaceStorageWriter, "write_data", full)
+                patch.setattr(checkpoints.HuggingFaceStorageWriter, "write_data", full)
             line = complaint(capsys, distill(toy_folder, tmp_path / "out", steps=2))
         assert "No space left on device" in line and "checkpoint 000001 is untouched" in line
         assert equal(tensors(tmp_path / "out"), before)
@@ -264,9 +263,9 @@ def test_a_disk_that_is_full_is_named_and_the_last_checkpoint_stays(
 def test_a_folder_that_vanishes_is_not_made_again(toy_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     distill(toy_folder, out, steps=1)
-    monkeypatch.setattr(train.Pictures, "draw", lambda *_: out.rename(tmp_path / "gone") and None)
+    monkeypatch.setattr(train.Pictures, "draw", lambda *_: out.rename(tmp_path / "gone") and {})
     assert str(out) in complaint(capsys, distill(toy_folder, out, steps=2))
-    assert not out.exists() and checkpoints(tmp_path / "gone")
+    assert not out.exists() and list_checkpoints(tmp_path / "gone")
 
 
 def test_a_distillation_may_go_on_longer_and_never_into_its_teachers_folder(
@@ -278,7 +277,7 @@ def test_a_distillation_may_go_on_longer_and_never_into_its_teachers_folder(
 
 
 def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "write_contact_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(pictures, "write_contact_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         distill(toy_folder, tmp_path, "--sample-every", 1, "--save-every", 100, steps=3)
     assert checkpoint_file(tmp_path).exists()
@@ -286,11 +285,11 @@ def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monk
 
 
 def test_a_second_sigterm_as_torchrun_sends_one_spoils_no_save(toy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "write_contact_sheet", lambda *_: [
+    monkeypatch.setattr(pictures, "write_contact_sheet", lambda *_: [
         signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)])
     with pytest.raises(SystemExit, match="143"):
         distill(toy_folder, tmp_path, "--sample-every", 1, steps=3)
-    assert [int(f.name) for f in checkpoints(tmp_path)] == [1]
+    assert [int(f.name) for f in list_checkpoints(tmp_path)] == [1]
 
 
 def test_numbers_that_make_no_sense_are_named_with_their_file(toy_folder, tmp_path, capsys):
@@ -320,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_pat
     last = error.err.splitlines()[-1]
     assert code == 2 and "10 updates in a row" in last and "not finite" in last
     said, = (line for line in error.out.splitlines() if line.startswith("step 3: skipped"))
-    assert "kl" in said and "student_grad_norm" in said
+    assert "dmd" in said and "student_grad_norm" in said
     log = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in log and json.loads(log.splitlines()[-1])["skipped"] == 1
 
@@ -332,7 +331,7 @@ def test_a_critic_update_that_was_skipped_is_not_hidden_by_the_next(
         math.nan if calls.append(0) or len(calls) == 2 else 1))
     assert distill(toy_folder, tmp_path, steps=1) == 0
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["critic"] is None and line["skipped"] == 1 and line["kl"] is not None
+    assert line["critic"] is None and line["skipped"] == 1 and line["dmd"] is not None
     assert "critic" in next(line for line in capsys.readouterr().out.splitlines()
                             if line.startswith("step 0: skipped"))
 

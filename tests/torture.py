@@ -43,7 +43,7 @@ from tiny_wan import WanConfig, WanModel, checkpoint
 from runtime import cli, lora
 from tools import encode, export
 from tools.ablation import write_shards
-from runtime.checkpoints import checkpoints
+from runtime.checkpoints import list_checkpoints
 
 LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
 STAGES = {
@@ -223,7 +223,7 @@ def differences(whole, out):
     """Of two runs' files, but for times and for what a header's random order makes of them."""
     if (whole / "checkpoints").exists():
         for run in (whole, out):  # the one whose last save was redone may have kept others
-            for folder in checkpoints(run)[:-1]:
+            for folder in list_checkpoints(run)[:-1]:
                 shutil.rmtree(folder)
     files = [{file.relative_to(run) for file in run.rglob("*") if file.is_file()}
              for run in (whole, out)]

@@ -36,7 +36,7 @@ from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from runtime import cli
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
-from runtime.run import stop_requests
+from runtime.run import stop_signals
 from runtime.checkpoints import fsync
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -118,12 +118,12 @@ def run(args):
     fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
     log, pending = args.out / f"broken-{rank():03}.jsonl", []
     bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
-    with codec.text_encoder() as encode, stop_requests() as requests:
+    with codec.text_encoder() as encode, stop_signals() as signals:
         null_text = encode(null_prompt)[None]
         try:
             for i, (name, caption) in enumerate(bar):
-                if requests:
-                    raise SystemExit(128 + requests[0])
+                if signals:
+                    raise SystemExit(128 + signals[0])
                 try:
                     latents = codec.encode(fetch(i)[None])[0].half().cpu() if has_videos else None
                     if has_videos and not latents.isfinite().all():
