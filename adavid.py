@@ -63,9 +63,9 @@ class AVDConfig:
     temporal_eps: float = 1e-6
     """theta: keeps the logarithm of a still video finite (eq. 8)"""
     temporal_truncation: float = 0.6
-    """a sample whose L_temp is at or below this moves enough; the level of Wan's latents"""
+    """a sample whose L_temp is at or below this level moves enough and counts 0; else in full"""
     critic_updates: int = 5
-    """critic updates before each update of the student"""
+    """critic updates after each update of the student"""
     lr: float = 2e-6
     """learning rate of the student (AdamW)"""
     critic_lr: float = 2e-6
@@ -177,12 +177,14 @@ def guided_velocity(model, x_t, t, text, null_text, scale):
 
 
 def dmd_gradient(x0, x0_fake, x0_real):
-    """Eq. 4: where to move the student's video `x0` so that its distribution nears the teacher's.
+    """Eq. 4: the gradient in the student's video `x0`; descent moves against it.
 
         g = (x0_fake - x0_real) / mean_{c,f,h,w} |x0 - x0_real|
 
     `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from one noised
-    `x0`. In float32, one normaliser for each sample. 0 / 0 is 0; what is not finite stays so.
+    `x0`. A step against g leads away from what the student's videos look like and towards what the
+    teacher would have drawn. In float32, one normaliser for each sample. 0 / 0 is 0; a value that
+    is not finite stays so.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -190,13 +192,17 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
 
 def dmd_loss(x0, gradient):
-    """A loss whose gradient in `x0` is `gradient / x0.numel()`. In float32, or it rounds away."""
+    """A loss whose gradient in `x0` is `gradient / x0.numel()`. In float32, or it rounds away.
+
+    Its value is half the mean square of the gradient: it tells how far critic and teacher differ;
+    it is not the KL divergence that descent along the gradient lowers.
+    """
     x0 = x0.float()
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`: a scalar."""
+    """L_KL of the student's videos `x0`: a scalar, of which only the gradient means something."""
     with torch.no_grad():
         t = draw_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
@@ -250,28 +256,34 @@ class LossMeanCache(nn.Module):
         self.register_buffer("means", torch.zeros(num_steps))
         self.register_buffer("filled", torch.zeros(num_steps, dtype=torch.bool))
 
-    @torch.no_grad()
     def forward(self, step, loss):
-        """Weigh by the means as they are, then update them: `step` long, `loss` -> w, all `[b]`.
+        """Weigh by the means as they are, then update them: `step` long, `loss` -> w, all `[b]`."""
+        weight = self.weigh(step, loss)
+        self.update(step, loss)
+        return weight
 
-        One EMA step for each call and timestep, with that timestep's mean loss over the batches of
-        all ranks. An empty entry first becomes that mean, so its first weights are near one half.
+    @torch.no_grad()
+    def weigh(self, step, loss):
+        """Eq. 7 -> w `[b]`, without gradient: one half where the step has no mean yet."""
+        excess = loss.float() - self.means[step]
+        return 1 - torch.sigmoid(self.k * torch.where(self.filled[step], excess, 0.0))
+
+    @torch.no_grad()
+    def update(self, step, loss):
+        """Eq. 6: one EMA step for each timestep that occurs, with its mean loss over all ranks.
+
+        A step's first mean is its first loss.
         """
-        loss = loss.float()
         at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
-        sums_and_counts = torch.stack([torch.where(at_step, loss[:, None], 0.0).sum(0),
+        sums_and_counts = torch.stack([torch.where(at_step, loss.float()[:, None], 0.0).sum(0),
                                        at_step.float().sum(0)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums_and_counts)
         sums, counts = sums_and_counts
-        present, batch_means = counts > 0, sums / counts.clamp(min=1)
-
-        self.means.copy_(torch.where(present & ~self.filled, batch_means, self.means))
+        loss, present = sums / counts.clamp(min=1), counts > 0
+        mean = torch.where(self.filled, self.decay * self.means + (1 - self.decay) * loss, loss)
+        self.means.copy_(torch.where(present, mean, self.means))
         self.filled |= present
-        weight = 1 - torch.sigmoid(self.k * (loss - self.means[step]))
-        updated = self.decay * self.means + (1 - self.decay) * batch_means
-        self.means.copy_(torch.where(present, updated, self.means))
-        return weight
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,7 +294,8 @@ class LossMeanCache(nn.Module):
 def temporal_loss(x0, eps=1e-6, truncation=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
-    A sample at or below `truncation` moves enough: it adds neither value nor gradient.
+    The truncation is a gate: a sample at or below it moves enough, and adds neither value nor
+    gradient; a sample above it counts in full.
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:
@@ -354,7 +367,8 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
     A backward on each as it comes leaves the activations of only one at a time in memory.
     real: real videos `[b, c, f, h, w]` with the embeddings `text` of their prompts.
     step: number of the step to train, the same for the whole batch and on every rank.
-    cache: a LossMeanCache, updated here. To skip the update, load its old state_dict again.
+    cache: a LossMeanCache, which weighs here. Call `cache.update(reg_step, reg)` with these parts
+        after the optimizer's step: once for all batches of an update, and not if it was skipped.
     """
     noise = draw(torch.randn, real.shape, real, generator)
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
@@ -368,7 +382,7 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
         strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)
         steps = draw_regression_steps(real, step, strides, generator)
         reg = regression_loss(student, real, text, steps, config, strides[step], generator)
-        weight = cache(steps, reg.detach())
+        weight = cache.weigh(steps, reg)
         yield config.lambda_reg * (weight * reg).mean(), {
             "reg": reg.detach(), "weight": weight, "reg_step": steps}
 

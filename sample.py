@@ -19,7 +19,7 @@ from tqdm import tqdm
 import adavid
 from runtime import cli
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
-from runtime.student import load_config, load_interpolator
+from runtime.models import load_config, load_interpolator
 from tiny_wan import WEIGHTS, WanModel, checkpoint, open_codec
 
 SHOWN = 16  # rows of the contact sheet

@@ -16,7 +16,7 @@ import math
 import shutil
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,12 +29,12 @@ import kernels
 from adavid import AVDConfig, FrameInterpolator
 from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
-from runtime.distributed import full_tensor, init_distributed, rank, shard
-from runtime.lora import add_adapters
+from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Run, clip_and_step, make_generator, make_generators
-from runtime.student import load_config, load_interpolator
+from runtime.models import (
+    load_config, load_interpolator, load_models, load_sharded, save_student)
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
 
 # ---------------------------------------------------------------------------------------------
@@ -130,7 +130,8 @@ class Distill(Flags):
     gradient_checkpointing: bool | None = None
     """recompute each block in backward: far less memory, more time; by default for shards"""
     avd: Annotated[AVDConfig, tyro.conf.arg(name="")] = AVDConfig()
-    free = Flags.free | {"steps", "codec", "gradient_checkpointing"}  # its learning rate is constant
+    # With a constant learning rate, more steps change no earlier one.
+    free = Flags.free | {"steps", "codec", "gradient_checkpointing"}
 
 
 @dataclass
@@ -297,7 +298,7 @@ def distill(args):
     config, device, data = args.avd, init_distributed(args.device), open_data(args)
     check(args, data)
     teacher, student, critic = load_models(args, device)
-    averaged = load_whole(args, args.init_student or args.model, device) if args.ema else student
+    averaged = load_sharded(args, args.init_student or args.model, device) if args.ema else student
     interpolator = load_interpolator(args.model, device)
     if interpolator is None and rank() == 0:
         print("note: no interpolator.safetensors beside the model, so all steps are full rate")
@@ -316,21 +317,21 @@ def distill(args):
     state |= {"ema": averaged} if args.ema else {}
     with Run(args, state) as run:
         for cycle in run.steps():
-            update = cycle * max(1, config.critic_updates)  # an update's number decides its data
+            first = cycle * max(1, config.critic_updates)  # an update's number decides its data
             metrics, videos = update_student(
                 args, student, student_optimizer, teacher, critic, cache, interpolator, null_text,
-                step=draw_step(args, update), batches=batches(args, fetch, update, device))
+                draw_step(args, first), batches(args, fetch, first, device))
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
                 for p, q in zip(averaged.parameters(), student.parameters()):
                     p.detach().lerp_(q.detach(), 1 - args.ema)
 
-            for update in range(update, update + config.critic_updates):
-                if update > cycle * config.critic_updates and not args.one_rollout:
-                    videos = rollouts(student, interpolator, config, draw_step(args, update),
+            critic_metrics = []
+            for update in range(first, first + config.critic_updates):
+                if update > first and not args.one_rollout:
+                    videos = rollouts(args, student, interpolator, draw_step(args, update),
                                       batches(args, fetch, update, device))
-                critic_metrics = update_critic(args, critic, critic_optimizer, videos)
-                metrics |= {name: value for name, value in critic_metrics.items()
-                            if math.isfinite(metrics.get(name, 0))}  # one that is not finite stays
+                critic_metrics.append(update_critic(args, critic, critic_optimizer, videos))
+            metrics |= mean_metrics(critic_metrics)
 
             if pictures and run.draws(cycle):
                 metrics |= pictures.draw(run.picture(cycle), sample)
@@ -363,10 +364,8 @@ def update_student(args, student, optimizer, teacher, critic, cache, interpolato
 
     The videos are a list of (x0, text, generators), one for each of the `batches`.
     """
-    config, means = args.avd, copy.deepcopy(cache.state_dict())
-    terms, videos = defaultdict(list), []
+    config, terms, videos = args.avd, defaultdict(list), []
     for real, text, generators in batches:
-        cache.load_state_dict(means)  # all of an update's batches are weighed by the same
         loss = 0
         for part, new_terms in adavid.student_losses(
                 student, teacher, critic, cache, real, text, null_text, step, config,
@@ -383,9 +382,8 @@ def update_student(args, student, optimizer, teacher, critic, cache, interpolato
              for name, values in terms.items()}
     norm = clip_and_step(student, [optimizer], config.lr, config.grad_clip,
                          terms["loss"].sum().item())
-    cache.load_state_dict(means)
     if "reg" in terms and math.isfinite(norm):
-        cache(terms["reg_step"], terms["reg"])
+        cache.update(terms["reg_step"], terms["reg"])
     metrics = {name: values.mean().item() for name, values in terms.items() if name != "reg_step"}
     metrics |= {"student_grad_norm": norm, "rollout_step": step}
     return metrics | by_timestep(terms, cache, config), videos
@@ -405,12 +403,12 @@ def by_timestep(terms, cache, config):
     return metrics
 
 
-def rollouts(student, interpolator, config, step, batches):
-    """New videos of the student, for the critic to learn from: (x0, text, generators) of each."""
+def rollouts(args, student, interpolator, step, batches):
+    """New videos of the student for an update of the critic: (x0, text, generators) by batch."""
     for real, text, generators in batches:
         with torch.no_grad():
             noise = adavid.draw(torch.randn, real.shape, real, generators)
-            x0 = adavid.backward_simulation(student, noise, text, step, config, interpolator,
+            x0 = adavid.backward_simulation(student, noise, text, step, args.avd, interpolator,
                                             generators)
         yield x0, text, generators
 
@@ -449,44 +447,6 @@ def check(args, data):
                 f"but {model} takes {takes.in_dim} and {takes.text_dim}")
     if args.avd.lambda_reg and not data.has_videos:
         raise ValueError(f"{args.data}: has no videos to learn from; --lambda-reg 0 does without")
-
-
-def load_models(args, device):
-    """Teacher, student and critic: three models, or one base with no, one and another adapter."""
-    if args.lora:
-        dtype = cli.pick_dtype(args.dtype, device)
-        base = WanModel.from_pretrained(args.model, dtype or torch.float32)
-        base.gradient_checkpointing = recomputes(args)
-        return add_adapters(base.to(device), args.lora, ("student", "critic"), args.seed)
-    return (load_whole(args, args.model, device).requires_grad_(False),
-            load_whole(args, args.init_student or args.model, device),
-            load_whole(args, args.model, device))
-
-
-def load_whole(args, path, device):
-    """A model with weights in float32, in parts over the ranks."""
-    model = WanModel.from_pretrained(path)
-    model.gradient_checkpointing = recomputes(args)
-    return shard(model, device, cli.pick_dtype(args.dtype, device))
-
-
-def recomputes(args):
-    given = args.gradient_checkpointing
-    return args.data is not None if given is None else given
-
-
-def save_student(student, out, metadata):
-    """What was learnt: the whole model, gathered from all ranks, or LoRA's adapter alone."""
-    tensors = {}
-    for name, tensor in student.state_dict().items():
-        tensor = full_tensor(tensor)
-        if rank() == 0:
-            tensors[name] = tensor.cpu()
-    if rank() == 0:
-        if hasattr(student, "save_adapter"):
-            student.save_adapter(out, metadata)
-        else:
-            checkpoint.write(out, asdict(student.config), tensors, metadata=metadata)
 
 
 if __name__ == "__main__":

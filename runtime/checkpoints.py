@@ -50,7 +50,7 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def load(self, state):
-        """Fill `state` from the newest whole checkpoint; the step to go on with, 0 if there is none.
+        """Fill `state` from the newest whole checkpoint; the step to go on with, 0 without any.
 
         ValueError where there are checkpoints, but every one of them is damaged.
         """

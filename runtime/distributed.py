@@ -91,13 +91,15 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def mean_metrics(metrics):
+    """Each metric's mean over those dicts of the list that have it."""
+    values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
+    return {name: sum(v) / len(v) for name, v in values.items()}
+
+
 def all_reduce_mean(metrics):
     """Each metric's mean over those ranks that have it."""
-    if world_size() == 1:
-        return metrics
-    all_metrics = all_gather(metrics)
-    values = {name: [m[name] for m in all_metrics if name in m] for m in all_metrics for name in m}
-    return {name: sum(v) / len(v) for name, v in values.items()}
+    return mean_metrics(all_gather(metrics))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -148,13 +148,14 @@ class Run:
             if share < 0.5 and len(self.motion) == MOTION_WINDOW:
                 self.warn(f"step {step}: motion has fallen to {share:.0%} of the data's")
                 self.motion.clear()
-        seconds, waited, self.waited = time.perf_counter() - self.began, waited - self.waited, waited
         if rank() == 0:
             append(self.args.out / "metrics.jsonl", {"step": step} | metrics)
-            append(self.args.out / "times.jsonl",
-                   {"step": step, "seconds": seconds, "waited": waited})
+            append(self.args.out / "times.jsonl", {
+                "step": step, "seconds": time.perf_counter() - self.began,
+                "waited": waited - self.waited})
             self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
                 "loss", "dmd", "reg", "temp", "critic") if metrics.get(name) is not None})
+        self.waited = waited
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(name, math.nan if value is None else value, step)

@@ -97,7 +97,7 @@ def test_cache_weighs_with_the_mean_from_before_the_update():
     cache = LossMeanCache(4)
     one, three = torch.tensor([1.0]), torch.tensor([3.0])
     step = torch.tensor([2])
-    assert cache(step, one).item() == pytest.approx(0.5)  # an empty entry becomes the first mean
+    assert cache(step, one).item() == 0.5  # the entry was empty
     weight = cache(step, three)
     assert weight.item() == pytest.approx(1 - 1 / (1 + math.exp(-3.0 * 2.0)), abs=1e-6)
     assert cache.means.tolist() == pytest.approx([0, 0, 0.95 * 1 + 0.05 * 3, 0])
@@ -110,6 +110,17 @@ def test_cache_makes_one_ema_step_with_the_batch_mean_of_each_timestep():
     expected = [1 - torch.sigmoid(torch.tensor(2.0 * d)).item() for d in (1.0, 3.0, 0.0)]
     assert weight.tolist() == pytest.approx(expected)
     assert cache.means.tolist() == pytest.approx([0.9 * 1 + 0.1 * 3, 2.0, 0.0])
+
+
+def test_accumulated_batches_are_weighed_exactly_as_one_large_batch():
+    step, loss = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    whole, parts = LossMeanCache(4), LossMeanCache(4)
+    for scale in (1, 2):
+        weight = whole(step, scale * loss)
+        weighed = [parts.weigh(*batch) for batch in zip(step.split(2), (scale * loss).split(2))]
+        parts.update(step, scale * loss)  # once for all batches, after the optimizer's step
+        assert torch.equal(weight, torch.cat(weighed)) and torch.equal(whole.means, parts.means)
+    assert weight.unique().numel() > 3
 
 
 def test_a_bad_loss_stays_at_its_own_timestep():
@@ -361,7 +372,7 @@ def student_losses(config=AVDConfig(), **changes):
 
 def test_student_losses_add_up_to_equation_9():
     loss, parts, student = student_losses(temporal_truncation=-100.0)
-    total = parts["kl"] + 2.0 * (parts["weight"] * parts["reg"]).mean() + 0.05 * parts["temp"]
+    total = parts["dmd"] + 2.0 * (parts["weight"] * parts["reg"]).mean() + 0.05 * parts["temp"]
     torch.testing.assert_close(loss, total)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())

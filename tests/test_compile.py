@@ -58,7 +58,7 @@ def test_a_student_step_and_a_critic_step(models, strides):
 
     for step in (0, 3):
         in_one_graph(lambda: student_step(step))().backward()
-        assert student.head.head.weight.grad.isfinite().all() and cache.filled.any()
+        assert student.head.head.weight.grad.isfinite().all()
     in_one_graph(critic_step)(real).backward()
     assert critic.head.head.weight.grad.abs().sum() > 0
 

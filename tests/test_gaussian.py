@@ -14,6 +14,7 @@ covariance, and all that is averaged over them is affine in the noise, or a prod
 
 from functools import partial
 from itertools import cycle, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_the_students_loss_ends_in_the_predicted_middle(reg, monkeypatch):
     *noises, z = normals(4)
     draw_in_turn(monkeypatch, noises)
     student, real, weight = LinearStudent(), REAL.videos(z), weight_of(reg)
-    cache = lambda step, loss: torch.full_like(loss, weight)
+    cache = SimpleNamespace(weigh=lambda step, loss: torch.full_like(loss, weight))
     loss = lambda: sum(term for term, _ in adavid.student_losses(
         student, teacher, student.critic, cache, real, prompts(z), NULL, 0, at(SIGMA)))
     learned = student.learn(loss, updates=300, lr=0.3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import adavid
 import sample
-from runtime.student import load_config
+from runtime.models import load_config
 from tests import miniature_wan
 from tests.test_wan import complaint, edit_tensors
 from tiny_wan import codec as codec_module

@@ -106,13 +106,8 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size(one, toy_folder, tmp_path):
-    plain = ["--lambda-reg", 0]
-    a = distill(toy_folder, tmp_path / "a", *plain)
-    b = distill(toy_folder, tmp_path / "b", *plain, "--accumulate", 2, batch=1)
-    assert same(a, b, toy_folder)
-    c = distill(toy_folder, tmp_path / "c", "--accumulate", 2, batch=1)
-    torch.testing.assert_close(  # the very first weights compare with their own batch's loss
-        state(c)["cache.means"], state(one)["cache.means"], rtol=1e-2, atol=1e-7)
+    two = distill(toy_folder, tmp_path / "two", "--accumulate", 2, batch=1)
+    assert same(one, two, toy_folder)
 
 
 def test_averaged_weights_follow_the_students(toy_folder, one, tmp_path):
@@ -276,7 +271,9 @@ def test_saves_in_the_background_keep_out_of_the_loops_way(toy_folder, tmp_path)
     """Writing takes longer than a step, and on each rank another time."""
     (tmp_path / "slow.py").write_text("""
 import sys, time, train
-from runtime import checkpoints, distributed, run
+from pathlib import Path
+from runtime import distributed, run
+from runtime.checkpoints import list_checkpoints
 from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
 write = Writer.write_data
 def slowly(self, *args):
@@ -286,7 +283,7 @@ Writer.write_data = slowly
 update = run.all_reduce_mean
 def seen(metrics):
     if distributed.rank() == 0:
-        print("checkpoints:", *(c.name for c in checkpoints.list_checkpoints(checkpoints.Path("run"))))
+        print("checkpoints:", *(c.name for c in list_checkpoints(Path("run"))))
     return update(metrics)
 run.all_reduce_mean = seen
 sys.exit(train.main(sys.argv[1:]))

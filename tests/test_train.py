@@ -20,7 +20,7 @@ import train
 from adavid import AVDConfig, FrameInterpolator
 from runtime import checkpoints, pictures, run
 from runtime.checkpoints import list_checkpoints
-from runtime.student import load_config
+from runtime.models import load_config
 from tiny_wan import WanModel, checkpoint
 
 ROOT = Path(train.__file__).parent
@@ -277,7 +277,8 @@ def test_a_distillation_may_go_on_longer_and_never_into_its_teachers_folder(
 
 
 def test_ctrl_c_while_pictures_are_drawn_is_saved_too(toy_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "write_contact_sheet", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(pictures, "write_contact_sheet",
+                        lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         distill(toy_folder, tmp_path, "--sample-every", 1, "--save-every", 100, steps=3)
     assert checkpoint_file(tmp_path).exists()
@@ -299,7 +300,7 @@ def test_numbers_that_make_no_sense_are_named_with_their_file(toy_folder, tmp_pa
         model.save_pretrained(tmp_path / str(i), metadata={"avd": numbers})
         code = distill(tmp_path / str(i), tmp_path / "out")
         file = tmp_path / str(i) / "diffusion_pytorch_model.safetensors"
-        assert f"{file}: the numbers" in complaint(capsys, code)
+        assert f"{file}: the method's numbers" in complaint(capsys, code)
 
 
 def test_other_flags_do_not_resume_a_run(toy_folder, tmp_path, capsys):

@@ -35,7 +35,7 @@ import adavid
 import kernels
 import train
 from sample import sample_batches
-from runtime.student import load_config, load_interpolator
+from runtime.models import load_config, load_interpolator
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 from runtime import cli
 from tools import plan, report

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import adavid
 import train
-from runtime.student import load_interpolator
+from runtime.models import load_interpolator
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel
 from runtime import cli
 from tools import plan, report

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime.student import load_config
+from runtime.models import load_config
 from tiny_wan import WEIGHTS
 from runtime import cli
 from tools import report

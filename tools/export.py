@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from runtime.student import load_config
+from runtime.models import load_config
 from tiny_wan import WanModel, checkpoint
 from runtime import cli
 from runtime.lora import merge

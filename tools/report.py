@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import adavid
 from sample import sample_batches
-from runtime.student import load_config, load_interpolator
+from runtime.models import load_config, load_interpolator
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, checkpoint, world
 from runtime import cli
 

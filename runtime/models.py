@@ -1,0 +1,91 @@
+"""Loading models with what belongs to them (the method's numbers, the interpolator); saving one."""
+
+from dataclasses import asdict
+
+import torch
+from safetensors import SafetensorError
+
+import adavid
+from runtime import cli
+from runtime.distributed import full_tensor, rank, shard
+from runtime.lora import add_adapters
+from tiny_wan import WanModel, checkpoint
+
+
+def load_config(path):
+    """The method's numbers stored with the weights at `path`; the paper's where it has none."""
+    numbers = checkpoint.read_metadata(path).get("avd", "{}")
+    try:
+        config = adavid.AVDConfig.from_json(numbers)
+        for name, value in asdict(config).items():
+            like = getattr(adavid.AVDConfig, name)
+            if not same_kind(value, like):
+                raise ValueError(f"{name} is {value}, where a value like {like} is needed")
+        return config
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{checkpoint.named(path)}: the method's numbers in its metadata are "
+                         f"wrong ({error})") from None
+
+
+def same_kind(value, like):
+    """Whether `value` is a number where `like` is one, and a tuple of numbers where it is a tuple.
+
+    A pair must stay a pair; a longer tuple may have any length.
+    """
+    if isinstance(like, tuple):
+        return (isinstance(value, tuple) and (len(value) == len(like) or len(like) > 2)
+                and all(same_kind(number, 0.5) for number in value))
+    return type(value) in (int, type(like)) and abs(value) < 1e9
+
+
+def load_interpolator(path, device):
+    """The interpolator beside a model's weights, frozen; None if there is none."""
+    file = checkpoint.home(path) / "interpolator.safetensors"
+    if not file.exists():
+        return None
+    try:
+        interpolator = adavid.FrameInterpolator.from_pretrained(file)
+        sound = all(p.isfinite().all() for p in interpolator.parameters())
+    except (SafetensorError, KeyError, RuntimeError, ValueError):
+        sound = False
+    if not sound or interpolator.out.out_channels - 1 != checkpoint.read_config(path)["out_dim"]:
+        raise ValueError(f"{file}: damaged, or not a frame interpolator for this model")
+    return interpolator.to(device).requires_grad_(False)
+
+
+def load_models(args, device):
+    """Teacher, student and critic: three models, or with --lora one base and two adapters."""
+    if args.lora:
+        dtype = cli.pick_dtype(args.dtype, device)
+        base = WanModel.from_pretrained(args.model, dtype or torch.float32)
+        base.gradient_checkpointing = recomputes(args)
+        return add_adapters(base.to(device), args.lora, ("student", "critic"), args.seed)
+    return (load_sharded(args, args.model, device).requires_grad_(False),
+            load_sharded(args, args.init_student or args.model, device),
+            load_sharded(args, args.model, device))
+
+
+def load_sharded(args, path, device):
+    """A model with weights in float32, sharded over the ranks."""
+    model = WanModel.from_pretrained(path)
+    model.gradient_checkpointing = recomputes(args)
+    return shard(model, device, cli.pick_dtype(args.dtype, device))
+
+
+def recomputes(args):
+    given = args.gradient_checkpointing
+    return args.data is not None if given is None else given
+
+
+def save_student(student, out, metadata):
+    """Write the whole model, gathered from all ranks, or LoRA's adapter alone."""
+    tensors = {}
+    for name, tensor in student.state_dict().items():
+        tensor = full_tensor(tensor)
+        if rank() == 0:
+            tensors[name] = tensor.cpu()
+    if rank() == 0:
+        if hasattr(student, "save_adapter"):
+            student.save_adapter(out, metadata)
+        else:
+            checkpoint.write(out, asdict(student.config), tensors, metadata=metadata)
