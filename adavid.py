@@ -4,15 +4,16 @@ The whole method, in the paper's order. A model is anything with
 
     velocity = model(x_t, t, text)
 
-so a toy of 0.7M parameters, Wan2.1-14B, a sharded or LoRA-wrapped one, and a Gaussian whose scores
-are known in closed form all pass through these lines. Three of them take part:
+so the same lines serve a toy of 0.7M parameters, Wan2.1-14B, a sharded or a LoRA-wrapped model, and
+a Gaussian whose scores are known in closed form. Three models take part:
 
-    student   G_omega   the few-step generator that we train, a copy of the teacher at first
-    teacher   s_real    the frozen pretrained model
-    critic    s_fake    learns, online, the scores of the student's own videos; a copy, too
+    student   G_omega   the few-step generator that we train; it starts as a copy of the teacher
+    teacher   s_real    the pretrained model, frozen
+    critic    s_fake    learns the scores of the student's own videos as the student changes; it
+                        starts as a copy of the teacher, too
 
-Tensors are video latents `b c f h w`. `t` is `[b]` in [0, 1000] and sigma = t / 1000. `text` is
-`[b, l, d]`, embeddings of the prompts. All randomness comes from the `generator` arguments: one
+Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` is the
+prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: one
 torch.Generator for the whole batch, or a list with one for each sample.
 
 Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867.
@@ -38,24 +39,24 @@ import kernels
 
 @dataclass(frozen=True)
 class AVDConfig:
-    """The method's numbers, with the paper's symbols. They stand nowhere else."""
+    """The method's numbers, with the paper's symbols."""
 
     timesteps: tuple[float, ...] = (1000, 900, 757, 522)
     """the student's steps, from noise to video"""
     strides: tuple[int, ...] = (2, 2, 1, 1)
-    """sampling: at stride s a step sees every s-th frame (section 3.3)"""
+    """for sampling: at stride s, a step sees every s-th frame (section 3.3)"""
     train_strides: tuple[int, ...] = (1, 1, 1, 1)
-    """the same in training; the paper trains at the full rate"""
+    """for training; the paper trains at the full frame rate"""
     guidance_scale: float = 5.0
-    """of the teacher: uncond + scale * (cond - uncond)"""
+    """of the teacher: uncond + guidance_scale * (cond - uncond)"""
     shift: float = 5.0
-    """moves the timesteps that DMD and the critic draw towards noise"""
+    """shifts the random timesteps of distribution matching and of the critic towards noise"""
     t_range: tuple[float, float] = (20, 980)
-    """those timesteps are clamped to this range"""
+    """range that these timesteps are clamped to"""
     lambda_reg: float = 2.0
     """lambda_reg: weight of the adaptive regression (eq. 9)"""
     k: float = 3.0
-    """k: how sharply a loss above its mean is mistrusted (eq. 7); its unit is 1 / loss"""
+    """k: how sharply the weight falls as a loss exceeds its mean (eq. 7); in units of 1 / loss"""
     ema_decay: float = 0.95
     """omega: decay of the Loss Mean Cache (eq. 6)"""
     lambda_temp: float = 0.05
@@ -63,7 +64,7 @@ class AVDConfig:
     temporal_eps: float = 1e-6
     """theta: keeps the logarithm of a still video finite (eq. 8)"""
     temporal_truncation: float = 0.6
-    """a sample whose L_temp is at or below this level moves enough and counts 0; else in full"""
+    """a sample whose L_temp is at or below this counts zero, any other in full"""
     critic_updates: int = 5
     """critic updates after each update of the student"""
     lr: float = 2e-6
@@ -75,19 +76,19 @@ class AVDConfig:
     weight_decay: float = 0.01
     """AdamW's weight decay"""
     grad_clip: float = 10.0
-    """largest norm of a gradient"""
+    """gradients are clipped to this norm"""
 
     def __post_init__(self):
         if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True) \
                 or not 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000:
-            raise ValueError(f"timesteps {self.timesteps} must fall, within (0, 1000]")
+            raise ValueError(f"timesteps {self.timesteps} must decrease within (0, 1000]")
         for name in ("strides", "train_strides"):
             strides = getattr(self, name)
             if len(strides) != len(self.timesteps):
-                raise ValueError(f"{name} {strides}: one stride is needed for each of the "
+                raise ValueError(f"{name} {strides}: there must be one stride for each of the "
                                  f"{len(self.timesteps)} timesteps {self.timesteps}")
             if any(s < 1 or s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
-                raise ValueError(f"{name} {strides}: powers of two are needed that never rise")
+                raise ValueError(f"{name} {strides} must be powers of two that never increase")
         low, high = self.t_range
         for name, ok in {"t_range": 0 < low <= high <= 1000, "ema_decay": 0 <= self.ema_decay <= 1,
                          "k": self.k >= 0, "critic_updates": self.critic_updates >= 0}.items():
@@ -95,7 +96,7 @@ class AVDConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     def to_json(self):
-        """All numbers, to be stored with weights."""
+        """All numbers as a string, to be stored in the metadata of weights."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -120,30 +121,30 @@ def add_noise(x0, noise, t):
 
 
 def velocity_to_x0(v, x_t, t):
-    """The clean video that a velocity points to, in the dtype of `x_t`."""
+    """The clean video that the velocity implies, in the dtype of `x_t`."""
     return (x_t - sigma_of(t) * v).to(x_t.dtype)
 
 
 def predict_velocity(model, x_t, t, text, stride=1):
-    """The model's velocity. At stride s, `x_t` holds every s-th frame, and the model is told so."""
+    """The model's velocity. At stride s, `x_t` holds every s-th frame; the model is told s."""
     return model(x_t, t, text) if stride == 1 else model(x_t, t, text, frame_stride=stride)
 
 
 def predict_x0(model, x_t, t, text, stride=1):
-    """The model's idea of the clean video."""
+    """The clean video that the model predicts."""
     return velocity_to_x0(predict_velocity(model, x_t, t, text, stride), x_t, t)
 
 
 def shifted(u, shift):
-    """Move u in [0, 1] towards one, where large latents need their steps: s u / (1 + (s-1) u)."""
+    """Move u in [0, 1] towards 1, that is, towards noise: s u / (1 + (s - 1) u)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def draw(random, shape, like, generator=None):
     """`random(shape)` (torch.rand or torch.randn) on the device of `like`, float32 at least.
 
-    A list of generators, one for each sample, makes every sample's numbers its own, whatever the
-    batch or the rank it is in. Numbers are drawn on the generator's device, then moved.
+    With a list of generators, one for each sample, a sample gets the same numbers in any batch and
+    on any rank. Numbers are drawn on the generator's device, then moved.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
@@ -155,13 +156,13 @@ def draw(random, shape, like, generator=None):
 
 
 def draw_timesteps(x0, config, generator=None):
-    """Times `[b]` at which the distributions are compared: uniform, shifted, clamped."""
+    """Random times `[b]` for comparing distributions: uniform, then shifted and clamped."""
     u = draw(torch.rand, x0.shape[:1], x0, generator)
     return (1000 * shifted(u, config.shift)).clamp(*config.t_range)
 
 
 # ---------------------------------------------------------------------------------------------
-# Distribution matching, L_KL (eq. 4): details from the teacher, and with them its excesses
+# Distribution matching, L_KL (eq. 4): the student's videos become those that the teacher draws
 # ---------------------------------------------------------------------------------------------
 
 
@@ -183,8 +184,8 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
     `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from one noised
     `x0`. A step against g leads away from what the student's videos look like and towards what the
-    teacher would have drawn. In float32, one normaliser for each sample. 0 / 0 is 0; a value that
-    is not finite stays so.
+    teacher would have drawn. Computed in float32, with one normaliser for each sample. 0 / 0 is 0.
+    A value that is not finite stays so.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -192,17 +193,17 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
 
 def dmd_loss(x0, gradient):
-    """A loss whose gradient in `x0` is `gradient / x0.numel()`. In float32, or it rounds away.
+    """A loss whose gradient in `x0` is `gradient / x0.numel()`.
 
-    Its value is half the mean square of the gradient: it tells how far critic and teacher differ;
-    it is not the KL divergence that descent along the gradient lowers.
+    Its value, half the mean square of `gradient`, is not the KL divergence that descent lowers. It
+    tells by how much critic and teacher disagree. In bfloat16, `x0 - gradient` would round to `x0`.
     """
     x0 = x0.float()
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`: a scalar, of which only the gradient means something."""
+    """L_KL of the student's videos `x0`: a scalar with the gradient of eq. 4."""
     with torch.no_grad():
         t = draw_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
@@ -213,15 +214,15 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
 
 
 # ---------------------------------------------------------------------------------------------
-# Adaptive regression, w L_reg (eqs. 5-7): real videos bring the colours back
+# Adaptive regression, w L_reg (eqs. 5-7): real videos correct the colours
 # ---------------------------------------------------------------------------------------------
 
 
 def regression_loss(student, x0, text, step, config, stride=1, generator=None):
     """L_reg (eq. 5), `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
 
-    `step` `[b]` numbers the timesteps. The paper writes epsilon; but at sigma = 1 an epsilon error
-    says nothing about x0, and the velocity's does. At stride s only every s-th frame takes part.
+    `step` `[b]` indexes the timesteps. The paper writes the error of epsilon, which at sigma = 1
+    says nothing about x0; that of the velocity does. At stride s, only every s-th frame takes part.
     """
     x0 = x0[:, :, ::stride]
     noise = draw(torch.randn, x0.shape, x0, generator)
@@ -231,9 +232,9 @@ def regression_loss(student, x0, text, step, config, stride=1, generator=None):
 
 
 def draw_regression_steps(x0, step, strides, generator=None):
-    """A step `[b]` for each real video, among those that run at the rate of the shared `step`.
+    """A step `[b]` for each real video, among the steps with the same stride as `step`.
 
-    A batch then has one length, and as `step` is uniform over all steps, so is each of these.
+    So all videos of the batch have the same length. As `step` is uniform, each of these is as well.
     """
     candidates = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
                               device=x0.device)
@@ -246,8 +247,8 @@ class LossMeanCache(nn.Module):
 
     Eq. 6: Lbar <- omega Lbar + (1 - omega) L      Eq. 7: w = 1 - sigmoid(k (L - Lbar))
 
-    A video that is harder than its step's mean lies far from what the student can draw: fitting it
-    would pull towards a middle between two distributions, so it counts for less.
+    A video whose loss exceeds its step's mean lies far from what the student can draw. Fitting it
+    would pull the student to the middle between two distributions, so it gets a smaller weight.
     """
 
     def __init__(self, num_steps, decay=0.95, k=3.0):
@@ -257,22 +258,22 @@ class LossMeanCache(nn.Module):
         self.register_buffer("filled", torch.zeros(num_steps, dtype=torch.bool))
 
     def forward(self, step, loss):
-        """Weigh by the means as they are, then update them: `step` long, `loss` -> w, all `[b]`."""
+        """Weigh, then update: `step` (long) and `loss`, both `[b]` -> w `[b]`."""
         weight = self.weigh(step, loss)
         self.update(step, loss)
         return weight
 
     @torch.no_grad()
     def weigh(self, step, loss):
-        """Eq. 7 -> w `[b]`, without gradient: one half where the step has no mean yet."""
+        """Eq. 7: w `[b]`, without gradient; one half for a step that has no mean yet."""
         excess = loss.float() - self.means[step]
         return 1 - torch.sigmoid(self.k * torch.where(self.filled[step], excess, 0.0))
 
     @torch.no_grad()
     def update(self, step, loss):
-        """Eq. 6: one EMA step for each timestep that occurs, with its mean loss over all ranks.
+        """Eq. 6, once for each step that occurs, with its mean loss over the batches of all ranks.
 
-        A step's first mean is its first loss.
+        A step's first loss becomes its mean.
         """
         at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
         sums_and_counts = torch.stack([torch.where(at_step, loss.float()[:, None], 0.0).sum(0),
@@ -287,15 +288,15 @@ class LossMeanCache(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Temporal regularisation, L_temp (eq. 8): a penalty on still videos
+# Temporal regularisation, L_temp (eq. 8): a penalty on videos that move too little
 # ---------------------------------------------------------------------------------------------
 
 
 def temporal_loss(x0, eps=1e-6, truncation=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
-    The truncation is a gate: a sample at or below it moves enough, and adds neither value nor
-    gradient; a sample above it counts in full.
+    The truncation is a gate: a sample at or below it moves enough and adds neither value nor
+    gradient. A sample above it counts in full.
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:
@@ -304,7 +305,7 @@ def temporal_loss(x0, eps=1e-6, truncation=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# The critic: an online score model of the student's distribution
+# The critic: a model of the student's current distribution
 # ---------------------------------------------------------------------------------------------
 
 
@@ -317,21 +318,22 @@ def critic_loss(critic, x0, text, config, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# Backward simulation (DMD2, section 4.5): the student learns on videos from its own few steps
+# Backward simulation (DMD2, section 4.5): the student trains on videos from its own few steps
 # ---------------------------------------------------------------------------------------------
 
 
 def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
-    """Walk down `timesteps` from pure noise; gradients, if enabled, flow through the last one only.
+    """Predict x0 at each of the `timesteps`, starting from pure noise; return the last prediction.
 
-    At each: renoise the last prediction to it, predict x0, bring that to the next one's frame rate.
-    Returns the last x0, at the full rate. `strides` thin the frames of the full-rate `noise`; where
-    they fall, the interpolator fills in. Without an interpolator, every step is full rate.
+    Before each but the first, the last prediction is renoised to the timestep. A step with stride s
+    sees every s-th frame. Where the next stride is smaller, the interpolator fills in the frames
+    between; the result is at the full rate. Without an interpolator, every step is at the full
+    rate. Gradients, if enabled, flow through the last step only.
     """
     strides = strides if interpolator is not None else (1,) * len(timesteps)
     if (noise.shape[2] - 1) % strides[0]:
-        raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: their "
-                         f"number must be 1 modulo {strides[0]}")
+        raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
+                         f"number of frames must be 1 modulo {strides[0]}")
     t_dtype = torch.promote_types(noise.dtype, torch.float32)
     x_t, grad = noise[:, :, ::strides[0]], torch.is_grad_enabled()
     for i, (timestep, stride, next_stride) in enumerate(zip(timesteps, strides, (*strides[1:], 1))):
@@ -340,16 +342,16 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
             x_t = add_noise(x0, draw(torch.randn, x0.shape, noise, generator), t)
         with torch.set_grad_enabled(grad and i + 1 == len(timesteps)):
             x0 = predict_x0(model, x_t, t, text, stride)
-            while stride > next_stride:  # each pass doubles the frame rate
+            while stride > next_stride:  # each call doubles the frame rate
                 x0, stride = interpolator(x0), stride // 2
     return x0
 
 
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
-    """The student's video as step number `step` predicts it, from pure noise: `b c f h w`.
+    """The student's video `b c f h w` as step number `step` predicts it, starting from pure noise.
 
-    What training shows the student is what sampling will show it. It stops at `step`, the only one
-    with gradients, which flow through the interpolator too where that step runs at a lower rate.
+    In training, the student thus sees what it will see in sampling. Only `step` has gradients; they
+    flow through the interpolator as well if that step runs at a lower frame rate.
     """
     return few_steps(student, noise, text, config.timesteps[:step + 1],
                      config.train_strides[:step + 1], interpolator, generator)
@@ -362,13 +364,13 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
 
 def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
                    interpolator=None, generator=None):
-    """The two terms of the loss on one batch, in turn, each with a dict of its detached parts.
+    """Yield the loss of one batch in two terms, each with a dict of its detached parts.
 
-    A backward on each as it comes leaves the activations of only one at a time in memory.
-    real: real videos `[b, c, f, h, w]` with the embeddings `text` of their prompts.
+    Call backward on each term as it comes: then only one term's activations are in memory.
+    real: real videos `[b, c, f, h, w]`; `text` holds the embeddings of their prompts.
     step: number of the step to train, the same for the whole batch and on every rank.
-    cache: a LossMeanCache, which weighs here. Call `cache.update(reg_step, reg)` with these parts
-        after the optimizer's step: once for all batches of an update, and not if it was skipped.
+    cache: the LossMeanCache, which weighs here and is not changed. After the optimizer's step, call
+        `cache.update(reg_step, reg)` with these parts of all the update's batches.
     """
     noise = draw(torch.randn, real.shape, real, generator)
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
@@ -388,21 +390,22 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
 
 
 # ---------------------------------------------------------------------------------------------
-# Frame interpolation (section 3.3): a small UNet between each two neighbouring frames
+# Frame interpolation (section 3.3): a small UNet predicts the frame between two neighbours
 # ---------------------------------------------------------------------------------------------
 
 
 class FrameInterpolator(nn.Module):
     """Doubles the frame rate of a clean latent: `b c f h w` -> `b c 2f-1 h w`, any h and w.
 
-    The frame between two neighbours is blend * left + (1 - blend) * right + residual. Given frames
-    come through bit for bit. Untrained, it returns the mean of the neighbours.
+    The frame between two neighbours is blend * left + (1 - blend) * right + residual, where the
+    UNet predicts blend and residual. Given frames are kept bit for bit. An untrained interpolator
+    returns the mean of the neighbours.
     """
 
     def __init__(self, channels, width=64):
         super().__init__()
         if width % 8:
-            raise ValueError(f"width {width} must be a multiple of 8, for the group norms")
+            raise ValueError(f"width {width} must be a multiple of 8, the number of norm groups")
 
         def conv(inputs, outputs, stride=1):
             return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
@@ -432,10 +435,10 @@ class FrameInterpolator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """From a safetensors file of `save_pretrained`; the tensors' shapes tell the size."""
+        """Load a file that `save_pretrained` wrote. The sizes follow from the tensors' shapes."""
         tensors = load_file(path)
         width, inputs = tensors["enter.0.weight"].shape[:2]
-        with torch.device("meta"):  # a damaged file's width takes no memory
+        with torch.device("meta"):  # a damaged file must not allocate memory
             model = cls(inputs // 2, width)
         model.load_state_dict(tensors, assign=True)
         return model
@@ -445,7 +448,7 @@ class FrameInterpolator(nn.Module):
 
 
 def interpolation_loss(interpolator, x0):
-    """Squared error of the frames that were dropped from real latents `x0` (f odd): a scalar."""
+    """Drop every second frame of real latents `x0` (f odd), predict it: the mean squared error."""
     return F.mse_loss(interpolator(x0[:, :, ::2])[:, :, 1::2], x0[:, :, 1::2])
 
 
@@ -460,7 +463,7 @@ def sample(model, noise, text, config, interpolator=None, generator=None):
 
     noise: `[b, c, f, h, w]` at the full rate. With an interpolator f must be 1 modulo the largest
         stride (else ValueError); without one, every step runs at the full rate.
-    generator: one torch.randn for each renoising, of the next step's shape.
+    generator: draws one torch.randn for each renoising, of the next step's shape.
     """
     return few_steps(model, noise, text, config.timesteps, config.strides, interpolator, generator)
 
@@ -468,9 +471,9 @@ def sample(model, noise, text, config, interpolator=None, generator=None):
 @torch.no_grad()
 def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, shift=5.0,
                    solver="euler"):
-    """Guided steps down the flow's ODE, on a shifted grid of sigmas from 1 to 0.
+    """Solve the flow's ODE with guidance, on a shifted grid of sigmas from 1 to 0.
 
-    solver: "euler", or "unipc", diffusers' multistep scheduler, stepping as its WanPipeline does.
+    solver: "euler", or "unipc": diffusers' multistep scheduler, as in its WanPipeline.
     """
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))  # many small steps add up
 
