@@ -325,8 +325,8 @@ def critic_loss(critic, x0, text, config, generator=None):
 def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
     """Predict x0 at each of the `timesteps`, starting from pure noise; return the last prediction.
 
-    Before each but the first, the last prediction is renoised to the timestep. A step with stride s
-    sees every s-th frame. Where the next stride is smaller, the interpolator fills in the frames
+    Between steps, the prediction is renoised to the next timestep. A step with stride s sees every
+    s-th frame. Where the next stride is smaller, the interpolator fills in the frames
     between; the result is at the full rate. Without an interpolator, every step is at the full
     rate. Gradients, if enabled, flow through the last step only.
     """
@@ -335,15 +335,17 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
         raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
                          f"number of frames must be 1 modulo {strides[0]}")
     t_dtype = torch.promote_types(noise.dtype, torch.float32)
+    times = [torch.full((len(noise),), t, dtype=t_dtype, device=noise.device) for t in timesteps]
     x_t, grad = noise[:, :, ::strides[0]], torch.is_grad_enabled()
-    for i, (timestep, stride, next_stride) in enumerate(zip(timesteps, strides, (*strides[1:], 1))):
-        t = torch.full((len(noise),), timestep, dtype=t_dtype, device=noise.device)
-        if i > 0:
-            x_t = add_noise(x0, draw(torch.randn, x0.shape, noise, generator), t)
-        with torch.set_grad_enabled(grad and i + 1 == len(timesteps)):
+    for i, t in enumerate(times):
+        last = i + 1 == len(times)
+        stride, next_stride = strides[i], 1 if last else strides[i + 1]
+        with torch.set_grad_enabled(grad and last):
             x0 = predict_x0(model, x_t, t, text, stride)
             while stride > next_stride:  # each call doubles the frame rate
                 x0, stride = interpolator(x0), stride // 2
+        if not last:
+            x_t = add_noise(x0, draw(torch.randn, x0.shape, noise, generator), times[i + 1])
     return x0
 
 

@@ -1,9 +1,9 @@
-"""Prompts to videos: by a distilled student in four steps, or by its teacher in fifty.
+"""Make videos from prompts, with a distilled student in four steps or with its teacher in fifty.
 
     python sample.py "a red ball moving left fast" --model runs/demo/avd
     python sample.py "a cat walks on grass" --model Wan2.1-T2V-1.3B --teacher
 
-Writes one mp4 for each prompt and a contact sheet of the first ones.
+Writes an mp4 for each prompt, and a contact sheet of the first ones.
 """
 
 import sys
@@ -28,53 +28,53 @@ LONGEST = 10_000  # characters of a prompt
 
 @dataclass
 class Sample:
-    """Videos from prompts, by a 4-step student, or with --teacher by a guided ODE sampler."""
+    """Make videos from prompts, with a 4-step student or (--teacher) a guided ODE sampler."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """what to draw, each in quotes"""
+    """what the videos show; put each prompt in quotes"""
     prompts_file: Path | None = None
-    """a text file with one prompt on each line, after those of the command line"""
+    """a text file with a prompt on each line, added to those of the command line"""
     videos_per_prompt: int = 1
-    """videos of each prompt"""
+    """how many videos of each prompt"""
     model: Path = WEIGHTS
     """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file"""
     codec: Path | None = None
-    """folder with Wan's text encoder and VAE; by default the model's own"""
+    """folder with Wan's text encoder and VAE; by default the model's folder"""
     out: Path = Path("runs/samples")
     """folder for the videos and the contact sheet"""
     frames: int | None = None
-    """of the video; by default 81 for Wan, and 9 for the toy"""
+    """of the video; by default 81 for Wan and 9 for the toy"""
     height: int | None = None
-    """in pixels; by default 480, and 16"""
+    """in pixels; by default 480 for Wan and 16 for the toy"""
     width: int | None = None
-    """in pixels; by default 832, and 16"""
+    """in pixels; by default 832 for Wan and 16 for the toy"""
     seed: int = 0
-    """of the noise; video i has seed + i, whatever else is in the batch"""
+    """of the noise; video i has seed + i in any batch"""
     full_rate: bool = False
     """run every step at the full frame rate, without the interpolator"""
     teacher: bool = False
-    """sample with guidance, in many small steps"""
+    """sample in many small steps with guidance"""
     steps: int = 50
-    """with --teacher: its steps"""
+    """with --teacher: number of steps"""
     guidance_scale: float | None = None
-    """with --teacher: its guidance; by default the one that its students learn from"""
+    """with --teacher: scale of the guidance; by default the one that students are distilled with"""
     negative_prompt: str | None = None
-    """with --teacher: what guidance leads away from; by default Wan's own, and nothing"""
+    """with --teacher: what guidance leads away from; by default Wan's own, or empty for the toy"""
     shift: float = 5.0
-    """with --teacher: moves its steps towards noise"""
+    """with --teacher: shifts the steps towards noise"""
     solver: Literal["euler", "unipc"] | None = None
-    """with --teacher: by default unipc for Wan, as in diffusers, and euler for the toy"""
+    """with --teacher: by default unipc for Wan, as in diffusers, or euler for the toy"""
     batch_size: int | None = None
-    """videos at a time; by default 1, and 16"""
+    """videos at a time; by default 1 for Wan and 16 for the toy"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere
-    float32, and for the text encoder what its file has"""
+    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU. Elsewhere
+    it is float32 for the transformer, and for the text encoder the dtype of its file"""
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
     vae_tiling: bool = False
     """decode the picture in tiles: slower, for cards with little memory"""
     save_latents: bool = False
-    """write latents.safetensors, too"""
+    """also write latents.safetensors"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
 
@@ -89,8 +89,8 @@ def run(args):
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
 
-    # Every tensor of the model is checked, on the meta device, before the text encoder takes its
-    # minutes; and that has gone when the transformer needs the memory.
+    # The model's tensors are checked now, on the meta device, as the text encoder takes minutes.
+    # The weights are loaded afterwards, when the text encoder has freed its memory.
     config = load_config(args.model)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
     if args.guidance_scale is not None:
@@ -101,10 +101,8 @@ def run(args):
         if interpolator is None and not args.full_rate:
             print("note: no interpolator.safetensors beside the model, so all steps are full rate")
         if "method" not in checkpoint.read_metadata(args.model):
-            print("note: the model's file does not say that it is distilled; a teacher needs "
-                  "--teacher")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else None}[args.dtype]
+            print("note: this model does not seem to be distilled; use --teacher for a teacher")
+    dtype = cli.pick_dtype(args.dtype, device)
     codec = open_codec(args.model, architecture, args.codec, device=device,
                        dtype=dtype, tiling=args.vae_tiling)
     shape = codec.latent_shape(args.frames, args.height, args.width,
@@ -161,20 +159,20 @@ def run(args):
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file. ValueError where it is not one."""
+    """The non-empty lines of a text file. ValueError if there are none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
     if not any(lines):
-        raise ValueError(f"{path}: no prompts in it; write one on each line")
+        raise ValueError(f"{path}: contains no prompts; write one on each line")
     if (longest := max(map(len, lines))) > LONGEST:
-        raise ValueError(f"{path}: a line of {longest} characters is no prompt")
+        raise ValueError(f"{path}: a line has {longest} characters; at most {LONGEST} are allowed")
     return [line for line in lines if line]
 
 
 def sample_batches(sampler, text, latent_shape, seed, batch_size, videos_per_prompt=1):
-    """Latents of `sampler(noise, text, generator)`, a batch at a time. Video i has seed + i."""
+    """Yield latents of `sampler(noise, text, generator)` in batches. Video i has seed + i."""
     for batch in torch.arange(len(text) * videos_per_prompt).split(batch_size):
         generator = [torch.Generator().manual_seed(seed + i) for i in batch.tolist()]
         noise = adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator)
