@@ -31,10 +31,9 @@ from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
+from runtime.models import load_config, load_interpolator, load_models, load_sharded, save_student
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Run, clip_and_step, make_generator, make_generators
-from runtime.models import (
-    load_config, load_interpolator, load_models, load_sharded, save_student)
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
 
 # ---------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from tiny_wan import checkpoint
 from runtime.distributed import all_gather, broadcast, rank, world_size
+from tiny_wan import checkpoint
 
 
 def named_tensors(state):

@@ -1,4 +1,4 @@
-"""The command line of every program here: flags from dataclasses, and errors of one line."""
+"""The command line of every program: flags from dataclasses, errors in one line, the device."""
 
 import contextlib
 import io
@@ -18,8 +18,8 @@ INSTALLED_BY = dict.fromkeys(("diffusers", "transformers", "ftfy", "peft"), "-e 
 def run(program, options, argv=None):
     """Parse `argv` into the dataclass `options`, call `program` with it, return an exit code.
 
-    Bad flags and bad input (ValueError, OSError) end in one line on stderr and code 2, Ctrl-C in
-    130. Help texts are the fields' docstrings.
+    The fields' docstrings are the help texts. Bad flags and bad input (ValueError, OSError) give
+    one line on stderr and code 2; Ctrl-C gives code 130.
     """
     complaint = io.StringIO()
     try:
@@ -45,19 +45,19 @@ def run(program, options, argv=None):
         return 130
     except (ValueError, OSError) as error:
         fail(error)
-    except SafetensorError as error:  # what reads a file names it; this is a disk that is full
+    except SafetensorError as error:  # readers name their file, so this is a full disk
         fail(f"a safetensors file could not be written: {error}")
     except ModuleNotFoundError as error:
         if error.name not in INSTALLED_BY:
             raise
         fail(f"{error.name} is not installed; python -m pip install {INSTALLED_BY[error.name]}")
     except torch.OutOfMemoryError as error:
-        fail(f"{error}; ask for smaller videos or smaller batches (--help has more that saves)")
+        fail(f"{error}; try smaller videos or smaller batches (--help lists what saves memory)")
     return 2
 
 
 class Stopwatch:
-    """Adds up the seconds of a program's parts; `str` of it lists them."""
+    """Adds up the seconds of a program's parts; `str` lists them."""
 
     def __init__(self):
         self.seconds = Counter()
@@ -73,25 +73,22 @@ class Stopwatch:
 
 
 def fail(message):
-    """One line on stderr, however long the value that it quotes."""
+    """Print an error in one line on stderr, shortened if it quotes a long value."""
     line = " ".join(str(message).split())
     line = line if len(line) < 1000 else f"{line[:500]} ... {line[-400:]}"
     print("error:", line, file=sys.stderr)
 
 
 def pick_device(name):
-    """'auto' is the best device that there is; a ValueError says when the one asked for is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(device for device, ok in there.items() if ok)
-    if not there[name]:
-        raise ValueError(f"--device {name}: this machine has no such device; "
-                         f"try --device {next(device for device, ok in there.items() if ok)}")
-    return torch.device(name)
+    """A torch.device; 'auto' is the best one available. ValueError if the named one is missing."""
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    best = [*available, "cpu"][0]
+    if name not in ("auto", "cpu", *available):
+        raise ValueError(f"--device {name}: this machine has no such device; try --device {best}")
+    return torch.device(best if name == "auto" else name)
 
 
 def pick_dtype(name, device):
-    """torch.float32 or torch.bfloat16; 'auto' is bfloat16 on a GPU (CUDA or ROCm), or else None."""
+    """torch.float32 or torch.bfloat16; 'auto' is bfloat16 on CUDA or ROCm, and None elsewhere."""
     automatic = torch.bfloat16 if device.type == "cuda" else None
     return automatic if name == "auto" else getattr(torch, name)

@@ -1,7 +1,7 @@
-"""What training draws from: the toy world, or shards of encoded videos (see tools/encode.py).
+"""Training data: the toy world, or shards of encoded videos (see tools/encode.py).
 
-Both are a function of a sample's number in the whole run, and so know nothing of ranks, batches
-and resuming.
+Both map a sample's index in the whole run to the sample. So a resumed run, or one with more ranks,
+sees the same samples.
 """
 
 import json
@@ -25,13 +25,13 @@ def open_data(args):
 
 
 def sample_indices(args, batch):
-    """Of this rank's samples in a batch: their indices in the whole run."""
+    """The indices, in the whole run, of this rank's samples in a batch."""
     first = (batch * world_size() + rank()) * args.batch_size
     return range(first, first + args.batch_size)
 
 
 class Toy:
-    """The toy world's videos, without end."""
+    """The toy world's videos, made as they are needed."""
 
     has_videos = True
 
@@ -40,35 +40,35 @@ class Toy:
         self.latent_shape = codec.latent_shape()
         self.null_text = codec.encode_text([codec.negative_prompt])
 
-    def batch(self, numbers):
-        """Sample numbers -> latents `[b, c, f, h, w]`, text `[b, l, d]`, and the prompts."""
-        video, prompts = world.make(self.seed, numbers)
+    def batch(self, indices):
+        """Latents `[b, c, f, h, w]`, text `[b, l, d]` and the prompts of samples."""
+        video, prompts = world.make(self.seed, indices)
         return self.codec.encode(video), self.codec.encode_text(prompts), prompts
 
 
 class Shards:
     """A folder of encoded videos, in a new order in each epoch.
 
-    Where there are prompts alone, latents are zeros. ValueError names a file that is damaged.
+    In a folder of prompts without videos, latents are zeros. ValueError names a damaged file.
     """
 
     def __init__(self, folder, seed):
         self.folder, self.seed = Path(folder), seed
         file = self.folder / INDEX
         if not file.is_file():
-            raise ValueError(f"{file}: no such file; run tools.encode again if it has not ended")
+            raise ValueError(f"{file}: no such file; tools.encode writes it when it has finished")
         index = checkpoint.read_json(file)
         try:
             self.latent_shape = tuple(index["latent_shape"])
             self.has_videos = bool(index["has_videos"])
             counts = {shard["file"]: int(shard["count"]) for shard in index["shards"]}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{file}: not an index of tools.encode ({error!r})") from None
+            raise ValueError(f"{file}: not an index from tools.encode ({error!r})") from None
         if [type(n) for n in self.latent_shape] != [int] * 4 or not all(
                 0 < n < 2**16 for n in self.latent_shape):
             raise ValueError(f"{file}: latent_shape is {self.latent_shape}, not c f h w")
         if not counts:
-            raise ValueError(f"{file}: there is nothing in these shards")
+            raise ValueError(f"{file}: lists no shards")
         [null_shape] = self.shapes("null_text.safetensors", "null_text")
         for name, count in counts.items():
             if not isinstance(name, str) or Path(name).name != name:
@@ -76,8 +76,8 @@ class Shards:
             text, *latents = self.shapes(name, "text", *["latents"] * self.has_videos)
             if [text[0], *text[2:]] != [count, null_shape[2]] or any(
                     shape != [count, *self.latent_shape] for shape in latents):
-                raise ValueError(f"{self.folder / name}: does not hold what {INDEX} says; its "
-                                 f"text is {text}" + "".join(f", latents {x}" for x in latents))
+                raise ValueError(f"{self.folder / name}: does not match {INDEX}; its text is "
+                                 f"{text}" + "".join(f", its latents {x}" for x in latents))
         with checkpoint.open_weights(self.folder / "null_text.safetensors") as tensors:
             self.null_text = tensors.get_tensor("null_text").float()
         if len(self.null_text) != 1 or not self.null_text.isfinite().all():
@@ -86,10 +86,10 @@ class Shards:
         self.orders = {}
 
     def shapes(self, name, *tensors):
-        """Of a file's tensors. ValueError where it is not there, or lacks one."""
+        """The shapes of a file's tensors. ValueError if the file or a tensor is missing."""
         file = self.folder / name
         if not os.path.isfile(file):  # false, too, of a name that no disk can have
-            raise ValueError(f"{file}: no such file; copy the whole folder, or encode it again")
+            raise ValueError(f"{file}: no such file; copy the whole folder, or encode again")
         with checkpoint.open_weights(file) as shard:
             if missing := set(tensors) - set(shard.keys()):
                 raise ValueError(f"{file}: has no tensor {missing.pop()!r}")
@@ -98,9 +98,9 @@ class Shards:
             raise ValueError(f"{file}: its {tensors[0]} is {shapes[0]}, not b l d")
         return shapes
 
-    def item(self, number):
+    def item(self, index):
         """Latents, text and prompt of a sample."""
-        epoch, place = divmod(number, len(self.items))
+        epoch, place = divmod(index, len(self.items))
         if epoch not in self.orders:
             g = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
             self.orders = {epoch: torch.randperm(len(self.items), generator=g).tolist()}
@@ -113,29 +113,30 @@ class Shards:
                            else torch.zeros(self.latent_shape))
                 prompt = json.loads(shard.metadata()["prompts"])[i]
             except Exception as error:  # safetensors raises many kinds
-                raise ValueError(f"{file}: no sample {i} in it ({error})") from None
+                raise ValueError(f"{file}: sample {i} cannot be read ({error})") from None
         if latents.shape != self.latent_shape or not latents.isfinite().all() \
                 or not text.isfinite().all():
-            raise ValueError(f"{file}: sample {i} is not finite, or not {self.latent_shape}")
+            raise ValueError(f"{file}: sample {i} is not finite, or its shape is not "
+                             f"{self.latent_shape}")
         return latents, text, prompt
 
-    def batch(self, numbers):
-        """As Toy's; texts end in zeros where another of the batch is longer."""
-        latents, text, prompts = zip(*map(self.item, numbers))
+    def batch(self, indices):
+        """Like `Toy.batch`. Texts are padded with zeros to the longest of the batch."""
+        latents, text, prompts = zip(*map(self.item, indices))
         return torch.stack(latents), pad_sequence(text, batch_first=True), list(prompts)
 
 
 class Prefetch:
-    """`load(number)`, with the next number's load already under way while the caller computes."""
+    """`load(index)`, while a thread already loads the next index."""
 
     def __init__(self, load):
-        self.load, self.pool, self.coming = load, ThreadPoolExecutor(1), {}
-        self.waited = 0.0  # seconds in all, for data
+        self.load, self.pool, self.futures = load, ThreadPoolExecutor(1), {}
+        self.waited = 0.0  # seconds, in all
 
-    def __call__(self, number):
+    def __call__(self, index):
         start = time.perf_counter()
-        coming = self.coming.pop(number, None) or self.pool.submit(self.load, number)
-        result = coming.result()
+        future = self.futures.pop(index, None) or self.pool.submit(self.load, index)
+        result = future.result()
         self.waited += time.perf_counter() - start
-        self.coming = {number + 1: self.pool.submit(self.load, number + 1)}
+        self.futures = {index + 1: self.pool.submit(self.load, index + 1)}
         return result

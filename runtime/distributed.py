@@ -1,6 +1,6 @@
-"""Several processes as one: ranks, what they share, and what happens when one dies.
+"""Several processes under torchrun: collectives, sharding, and a watchdog for ranks that die.
 
-Under torchrun each process is a rank; alone, there is one.
+Everything here also works in a single process, without torchrun.
 """
 
 import os
@@ -17,29 +17,29 @@ from runtime import cli
 
 
 def init_distributed(device_name):
-    """Join the other ranks, if there are any; the device of this one."""
+    """Join the process group, under torchrun; this rank's device."""
     device = cli.pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"more processes than this machine has GPUs "
-                             f"({torch.cuda.device_count()}); lower --nproc_per_node")
+            raise ValueError(f"torchrun started more processes than this machine's "
+                             f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        # torchrun's store outlives a restart, with the addresses of ranks that are gone.
+        # torchrun's store survives a restart, so it still holds the addresses of dead ranks.
         store, rank, ranks = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=dist.PrefixStore(restart_count(), store), rank=rank,
                                 world_size=ranks)
-    elif device.type == "cuda":  # a group of one: FSDP is what computes in bfloat16
+    elif device.type == "cuda":  # a group of one, as it is FSDP that computes in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def restart_count():
-    """The number of times that torchrun has started all ranks again."""
+    """How often torchrun has restarted all ranks, as a string."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
@@ -52,26 +52,26 @@ def world_size():
 
 
 def shard(model, device, dtype=None):
-    """FSDP2: each rank keeps a part of every tensor and gathers one block's at a time. -> model
+    """Shard a model with FSDP2: each rank keeps a part of every tensor, in float32. -> model
 
-    dtype: to compute in, by default float32, which the parts are in. Norms and modulation are
-    rounded to it as well. Gradients are averaged over the ranks, in float32. Without a process
-    group, the model just moves to the device.
+    The parts of one block at a time are gathered, in `dtype`, to compute with; None is float32.
+    This rounds norms and modulation as well. Gradients are averaged over the ranks in float32.
+    Without a process group, the model only moves to the device.
     """
     if not dist.is_initialized():
         return model.to(device, torch.float32)
     mesh = init_device_mesh(device.type, (world_size(),))
     precise = [model.time_embedding, model.time_projection]  # as Wan computes them
     for part in [*precise, *model.blocks, model]:
-        # Inputs stay as they are: in bfloat16 there is no timestep 757.
+        # Inputs are not cast: bfloat16 cannot represent the timestep 757.
         policy = MixedPrecisionPolicy(None if part in precise else dtype, torch.float32,
                                       cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.float()  # only now, so that no rank ever holds all of it in float32
+    return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 
 def broadcast(value):
-    """The first rank's value, on all of them."""
+    """The first rank's value (any object), on all ranks."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -79,7 +79,7 @@ def broadcast(value):
 
 
 def all_gather(value):
-    """A list of all ranks' values, on all of them."""
+    """The list of all ranks' values (any objects), on all ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -87,18 +87,18 @@ def all_gather(value):
 
 
 def full_tensor(tensor):
-    """All of a tensor that may be in parts; every rank must ask."""
+    """The whole of a tensor that may be sharded. All ranks must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def mean_metrics(metrics):
-    """Each metric's mean over those dicts of the list that have it."""
+    """The mean of each metric over the dicts that contain it."""
     values = {name: [m[name] for m in metrics if name in m] for m in metrics for name in m}
     return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 def all_reduce_mean(metrics):
-    """Each metric's mean over those ranks that have it."""
+    """The mean of each metric over the ranks that have it."""
     return mean_metrics(all_gather(metrics))
 
 
@@ -106,14 +106,15 @@ def all_reduce_mean(metrics):
 # Ranks that die
 # ---------------------------------------------------------------------------------------------
 
-BEAT, PATIENCE, DONE = 5, 40, 2**40  # seconds, seconds, and beats of a rank that has ended
+BEAT, PATIENCE = 5, 40  # seconds between a rank's heartbeats, and without one until it is dead
+DONE = 2**40  # added to the heartbeats of a rank that has finished
 
 
 class Watchdog:
-    """Around the loop: ends this process when another rank has died, for which it would wait.
+    """Within its context, this process exits if another rank dies, rather than wait for it forever.
 
-    Each rank beats, by a counter of its own in torchrun's store. Once one stands still for
-    PATIENCE seconds the others name it and leave, so that torchrun can end, or start all anew.
+    Each rank counts heartbeats in torchrun's store. When one rank's count has not changed for
+    PATIENCE seconds, the others name it and exit, so that torchrun can end or restart them all.
     """
 
     def __enter__(self):
@@ -123,10 +124,10 @@ class Watchdog:
             self.thread.start()
 
     def __exit__(self, kind, error, _):
-        """A collective that fails, as gloo's do at once, is one line as well."""
+        """Report a failed collective in one line as well: gloo's fail at once."""
         if isinstance(error, RuntimeError) and re.search("gloo|NCCL|c10d", str(error)):
-            self.leave("the connection to another rank broke; torchrun says below which one failed")
-        if error is None or isinstance(error, SystemExit):  # as on all ranks: none need wait for us
+            self.exit("the connection to another rank broke; torchrun says below which one failed")
+        if error is None or isinstance(error, SystemExit):  # all ranks end: not a failure
             self.ended.set()
             if self.thread.is_alive():
                 self.thread.join()
@@ -144,12 +145,12 @@ class Watchdog:
                     if beats != seen[key][0]:
                         seen[key] = beats, now
                     elif now - seen[key][1] > PATIENCE and beats < DONE:
-                        self.leave(f"rank {i} has died, or hangs")
+                        self.exit(f"rank {i} has died, or hangs")
             store.add(keys[rank()], DONE)
         except RuntimeError:
             if not self.ended.is_set():
-                self.leave("torchrun's store is gone, and with it the first node")
+                self.exit("torchrun's store is gone, and with it the first node")
 
-    def leave(self, why):
-        cli.fail(f"{why}; the same command goes on from the last checkpoint")
+    def exit(self, why):
+        cli.fail(f"{why}; the same command resumes from the last checkpoint")
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts

@@ -1,6 +1,6 @@
-"""LoRA: one frozen base, and small adapters that make a student and a critic of it.
+"""LoRA: the teacher is a frozen base; the student and the critic are small adapters of it.
 
-Files are those of diffusers' `load_lora_weights`.
+Files have the format of diffusers' `load_lora_weights`.
 """
 
 import torch
@@ -15,9 +15,9 @@ TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
 
 
 def add_adapters(base, rank, names, seed=0):
-    """The frozen base as it is, and with each of the named adapters: models that share it.
+    """Models that share the frozen base: the base alone, then with each of the named adapters.
 
-    Adapters start as no change at all. They are float32 and compute in the base's dtype.
+    An adapter starts as no change. Its weights are float32, and it computes in the base's dtype.
     """
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,10 +26,10 @@ def add_adapters(base, rank, names, seed=0):
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
     for name in names:
-        base.__dict__.pop("peft_config", None)  # or peft warns of the second one
+        base.__dict__.pop("peft_config", None)  # peft warns of a second adapter otherwise
         peft.inject_adapter_in_model(config, base, adapter_name=name)
     for layer in (m for m in base.modules() if isinstance(m, BaseTunerLayer)):
-        layer.cast_input_dtype_enabled = False  # or peft computes in the adapters' dtype
+        layer.cast_input_dtype_enabled = False  # peft computes in float32 otherwise
         for part in (*layer.lora_A.values(), *layer.lora_B.values()):
             part.__class__ = MasterLinear
             part.float()
@@ -37,14 +37,14 @@ def add_adapters(base, rank, names, seed=0):
 
 
 class MasterLinear(nn.Linear):
-    """Its weight stays in float32, where small updates add up; it computes in its input's dtype."""
+    """Computes in its input's dtype. Its weight is float32, in which small updates add up."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Adapted:
-    """The base with one adapter or, where `name` is None, with none."""
+    """The base with one adapter, or with none if `name` is None."""
 
     def __init__(self, base, name):
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -55,7 +55,7 @@ class Adapted:
     def __call__(self, *inputs, **options):
         self.activate()
         v = self.base(*inputs, **options)
-        if v.requires_grad:  # by then another may be active, and backward recomputes the blocks
+        if v.requires_grad:  # backward may recompute blocks while another adapter is active
             v.register_hook(lambda _: self.activate())
         return v
 
@@ -65,11 +65,11 @@ class Adapted:
             if self.name is not None:
                 layer.set_adapter([self.name])
         for name, p in self.base.named_parameters():
-            if "lora_" in name:  # peft freezes those that rest, and a graph may still need them
+            if "lora_" in name:  # peft freezes inactive adapters, which a graph may still need
                 p.requires_grad_(True)
 
     def state_dict(self):
-        """The adapter's own tensors, by the names of the layers that they belong to."""
+        """The adapter's tensors, named after the layers that they belong to."""
         return {name.replace(f".{self.name}.", "."): p for name, p in self.base.named_parameters()
                 if f".{self.name}." in name}
 
@@ -77,14 +77,14 @@ class Adapted:
         return list(self.state_dict().values())
 
     def save_adapter(self, folder, metadata):
-        """Write what diffusers' `load_lora_weights` reads. Its scale is one: alpha is the rank."""
+        """Write the adapter for diffusers' `load_lora_weights`. Its alpha is its rank: scale 1."""
         tensors = {"transformer." + checkpoint.diffusers_name(name): p.detach().cpu().contiguous()
                    for name, p in self.state_dict().items()}
         save_file(tensors, folder / FILE, {"format": "pt"} | metadata)
 
 
 def merge(model, file):
-    """Add the adapter in a file to the model's own weights. ValueError where it does not fit."""
+    """Add the adapter in a file to the model's weights. ValueError if it does not fit."""
     layers = {"transformer." + checkpoint.diffusers_name(name).removesuffix(".weight"): p
               for name, p in model.named_parameters() if name.endswith(".weight")}
     with checkpoint.open_weights(file) as weights:
@@ -94,7 +94,7 @@ def merge(model, file):
             up, down = tensors[name + ".lora_B.weight"], tensors[name + ".lora_A.weight"]
             change = up.float() @ down.float()
             if change.shape != layers[name].shape or not change.isfinite().all():
-                raise RuntimeError("it is of another shape, or not finite")
+                raise RuntimeError("its shape differs, or it is not finite")
             layers[name].data += change.to(layers[name].dtype)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{file}: {name} does not fit this model ({error})") from None

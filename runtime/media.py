@@ -1,4 +1,4 @@
-"""Videos and pictures as files."""
+"""Writing videos and pictures."""
 
 import re
 from collections import Counter
@@ -10,9 +10,9 @@ from einops import rearrange
 
 
 def file_names(prompts):
-    """`{prompt}-{index}.mp4` for each, as VBench's tools read them; the index counts equal ones.
+    """`{prompt}-{index}.mp4` for each prompt, as VBench expects; the index counts equal prompts.
 
-    What no file system takes becomes an underscore, and a long prompt is cut.
+    Characters that file systems forbid become underscores; a long prompt is cut.
     """
     seen = Counter()
     for prompt in prompts:
@@ -23,20 +23,20 @@ def file_names(prompts):
 
 
 def to_bytes(frames, height, least):
-    """`... h w c` in [0, 1] -> bytes, each pixel repeated until a frame is `least` pixels high."""
+    """`... h w c` in [0, 1] -> bytes. Pixels are repeated until a frame is `least` pixels high."""
     times = max(1, least // height)
     frames = (255 * frames).round().byte()
     return frames.repeat_interleave(times, -3).repeat_interleave(times, -2).numpy()
 
 
 def write_video(path, video, fps):
-    """An mp4 of one video `[3, f, h, w]` in [0, 1]."""
+    """Write a video `[3, f, h, w]` in [0, 1] as mp4."""
     frames = to_bytes(rearrange(video, "c f h w -> f h w c"), video.shape[-2], least=256)
     iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2)
 
 
 def thumbnails(video, columns=9, height=128):
-    """A few frames of a video `[3, f, h, w]`, side by side, shrunk to a height: `[3, h', w']`."""
+    """A few frames of a video `[3, f, h, w]` side by side, shrunk to a height: `[3, h', w']`."""
     frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
     frames = rearrange(video[:, frames], "c f h w -> f c h w")
     if (factor := height / frames.shape[-2]) < 1:
@@ -45,6 +45,6 @@ def thumbnails(video, columns=9, height=128):
 
 
 def write_contact_sheet(path, rows):
-    """A picture of `thumbnails`, one row below the other."""
+    """Write a picture of rows of `thumbnails`, one below the other."""
     rows = torch.stack(list(rows))
     iio.imwrite(path, to_bytes(rearrange(rows, "b c h w -> (b h) w c"), rows.shape[-2], least=64))

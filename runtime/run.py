@@ -1,7 +1,6 @@
-"""What the training loops of train.py share: random generators, the optimizer step, and `Run`,
-a run's folder with its log and its checkpoints.
+"""What the loops of train.py share: random generators, the optimizer's step, a run's folder.
 
-All ranks decide alike: whether an update is skipped, and when to stop.
+All ranks agree on whether an update is skipped, and on when to stop.
 """
 
 import hashlib
@@ -20,7 +19,14 @@ from tqdm import tqdm
 
 from runtime.checkpoints import Checkpointer
 from runtime.distributed import (
-    Watchdog, all_gather, all_reduce_mean, broadcast, full_tensor, rank, world_size)
+    Watchdog,
+    all_gather,
+    all_reduce_mean,
+    broadcast,
+    full_tensor,
+    rank,
+    world_size,
+)
 from tiny_wan import checkpoint
 
 MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
@@ -34,22 +40,21 @@ MOTION_WINDOW = 20  # steps over which the students' motion is compared with the
 def make_generator(*key):
     """A torch.Generator seeded by its key, such as (seed, purpose, sample).
 
-    A resumed run makes the same generators again, so checkpoints hold no random state.
+    A resumed run makes the same generators again, so there is no random state to save.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def make_generators(seed, purpose, indices):
-    """One generator for each sample, by its index in the whole run, whatever its batch or rank."""
+    """A generator for each sample, by its index in the whole run, in any batch and on any rank."""
     return [make_generator(seed, purpose, i) for i in indices]
 
 
 def clip_and_step(model, optimizers, lr, max_norm, loss):
-    """Average gradients over ranks, clip them to `max_norm`, step, zero them. Returns their norm.
+    """Average gradients over ranks, clip them, step, and zero them; the norm before clipping.
 
-    Where the norm or any rank's `loss` (a float) is not finite, no weight changes, and the
-    returned norm is nan.
+    If the norm or any rank's `loss` (a float) is not finite, no weight changes and nan is returned.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     for p in parameters:
@@ -74,7 +79,7 @@ def clip_and_step(model, optimizers, lr, max_norm, loss):
 
 
 class Run:
-    """Resumes `state`, modules and optimizers by name, from `args.out`; logs and saves there.
+    """A run's folder `args.out`: resumes `state` (modules and optimizers by name), logs and saves.
 
         with Run(args, state) as run:
             for step in run.steps():
@@ -111,7 +116,7 @@ class Run:
         return self.stack.__exit__(*error)
 
     def steps(self):
-        """The steps that are left, under a progress bar."""
+        """The remaining steps, with a progress bar."""
         for step in self.bar:
             self.began = time.perf_counter()
             yield step
@@ -124,9 +129,9 @@ class Run:
         return self.args.out / "samples" / f"{step + 1:06d}.png"
 
     def log(self, step, metrics, waited=0.0):
-        """Append the metrics, averaged over ranks, to metrics.jsonl, and warn of what looks bad.
+        """Append the metrics, averaged over ranks, to metrics.jsonl, and warn if they look bad.
 
-        waited: the seconds that the whole run has waited for data so far.
+        waited: seconds spent waiting for data so far.
         ValueError after MOST_SKIPS steps in a row that skipped an update.
         """
         metrics = all_reduce_mean(metrics)
@@ -136,7 +141,7 @@ class Run:
         self.skips = self.skips + 1 if skipped else 0
         if skipped:
             metrics["skipped"] = 1
-            self.warn(f"step {step}: skipped, as this is not finite: {', '.join(bad)}")
+            self.warn(f"step {step}: skipped, as these are not finite: {', '.join(bad)}")
         if self.skips == MOST_SKIPS:
             self.checkpointer.wait()
             raise ValueError(
@@ -165,7 +170,7 @@ class Run:
             tqdm.write(message)
 
     def save(self, step):
-        """Save a checkpoint where one is due: every `save_every` steps, at the last, or to stop.
+        """Save a checkpoint if one is due: every `save_every` steps, at the last one, or to stop.
 
         SystemExit after SIGINT or SIGTERM, once the checkpoint is on the disk.
         """
@@ -183,7 +188,7 @@ class Run:
             raise SystemExit(128 + stop)
 
     def minutes(self):
-        """How long all steps took, resumed ones included; printed with the time spent waiting."""
+        """The minutes that all steps took, in earlier calls too; prints them."""
         times = [json.loads(line) for line in open(self.args.out / "times.jsonl")]
         seconds, waited = (sum(line[name] for line in times) for name in ("seconds", "waited"))
         if seconds:
@@ -214,12 +219,12 @@ def truncate_log(log, count):
         for line in kept:
             checkpoint.read_json(log, line)
         if len(kept) < count:
-            raise ValueError(f"{log}: has {len(kept)} lines, but its checkpoint is of step {count}")
+            raise ValueError(f"{log}: has {len(kept)} lines, but the checkpoint is of step {count}")
         file.truncate(sum(map(len, kept)))
 
 
 def append(log, line):
-    """Add a line of JSON. OSError names the log: on a full disk it is often the first to fail."""
+    """Append a line of JSON. On a full disk this often fails first, so OSError names the log."""
     try:
         with open(log, "a") as file:
             print(json.dumps(line), file=file)
