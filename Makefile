@@ -1,36 +1,44 @@
-# `make demo` and `make test` do all the set-up themselves; they need python3 (3.11 or later) alone.
+# `make` lists the targets. Each one sets up .venv first and needs only python3, 3.11 or later.
+# CONTRIBUTING.md has the same commands for systems without make.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-demo: .venv/core  ## distil the toy teacher twice and write runs/demo/report.html
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/core  ## distil the toy teacher with DMD and with AVD; writes runs/demo/report.html
 	$(RUN) -m tools.demo
 
-test: .venv/all  ## all tests, on the CPU
-	$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+test: .venv/all  ## check the style, then run the tests on the CPU
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q -m "not long" -n auto --maxprocesses 4 --dist loadfile
 
-ablation: .venv/core  ## the README's tables and docs/ablation, about six hours; goes on after a stop
+test-long: .venv/all  ## run the tests that take long
+	$(RUN) -m pytest -q -m long
+
+torture: .venv/all  ## kill training runs, fill the disk and feed damaged files to every reader
+	$(RUN) -m tests.torture
+
+ablation: .venv/core  ## measure all results in the toy world again (hours; resumes after a stop)
 	$(RUN) -m tools.ablation
-	$(RUN) -m tools.ablation_report
 
-ablation-quick: .venv/core  ## one seed and 64 prompts of its main rows, in runs/ablation-quick
-	$(RUN) -m tools.ablation --quick
+bench: .venv/all  ## count and time what things cost; writes docs/costs.md
+	$(RUN) -m tools.bench
+	$(RUN) -m tools.plan tables
 
-weights: .venv/core  ## train the shipped teacher and interpolator again, about 40 minutes
+bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB of disk)
+	$(RUN) -m tests.full_size
+
+gpu-check: .venv/all  ## test and time the code on your GPU; prints one block to paste
+	$(RUN) -m tools.gpu_check
+
+weights: .venv/core  ## train the toy teacher and its interpolator again
 	$(RUN) train.py teacher --out runs/teacher --compile
 	$(RUN) train.py interpolator --out runs/interpolator
 
-bench: .venv/all  ## what things cost, counted and timed: ten minutes; writes the README's tables
-	$(RUN) -m tools.bench
-
-gpu-check: .venv/all  ## on a GPU: the kernels' tests and benchmark, a distillation; prints one block
-	$(RUN) -m tools.gpu_check
-
-torture: .venv/all  ## kill runs, fill disks and feed garbage: ten minutes
-	$(RUN) -m tests.torture
-
-bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5 GB of disk
-	$(RUN) -m tests.full_size
+clean:  ## delete .venv and all runs
+	rm -rf .venv runs
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; try: make PYTHON=python3.12'"
@@ -38,11 +46,8 @@ bench-1.3b: .venv/all  ## a Wan2.1-1.3B of random weights through sample.py; 3.5
 	$(RUN) -m pip install -q -c constraints.txt -e .
 	touch $@
 
-.venv/all: .venv/core  # what Wan2.1 and the tests need as well
+.venv/all: .venv/core  # adds what Wan2.1 and the tests need
 	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
-clean:  ## the environment and all runs
-	rm -rf .venv runs
-
-.PHONY: demo test ablation ablation-quick weights bench gpu-check torture bench-1.3b clean
+.PHONY: help demo test test-long torture ablation bench bench-1.3b gpu-check weights clean

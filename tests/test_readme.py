@@ -1,4 +1,7 @@
-"""The README's chapters on Wan2.1, word for word, on a miniature."""
+"""README.md, CONTRIBUTING.md and docs/: their commands run, their links lead somewhere.
+
+Commands run word for word, but on a miniature of Wan2.1, for two steps, and on CPUs.
+"""
 
 import json
 import os
@@ -13,132 +16,212 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-import adavid
 import sample
 import train
 from tests import miniature_wan
 from tiny_wan import WanModel
-from tools import encode, export, plan
+from tools import ablation, bench, demo, encode, export, gpu_check, plan
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.encode": encode.main,
-            "tools.export": export.main, "tools.plan": plan.main}
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+TRAINING, WAN = ROOT / "docs" / "training.md", ROOT / "docs" / "wan.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": ablation.main,
+            "tools.bench": bench.main, "tools.demo": demo.main, "tools.encode": encode.main,
+            "tools.export": export.main, "tools.gpu_check": gpu_check.main,
+            "tools.plan": plan.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}
 
 
-def blocks(chapter, language):
-    text = re.search(rf"\n## {chapter}\n(.*?)\n## ", (ROOT / "README.md").read_text("utf-8"), re.S)
-    return re.findall(rf"```{language}\n(.*?)```", text[1], re.S)
+def text_of(page):
+    return page.read_text(encoding="utf-8")
 
 
-def commands(chapter):
-    """Each command's program and arguments, without the Python or torchrun that starts it."""
-    for line in (line for block in blocks(chapter, "sh") for line in block.splitlines()):
-        words = shlex.split(re.sub(r"--accumulate \d+", "--accumulate 1", line))
-        for i, word in enumerate(words):
-            if word.startswith(("sample.py", "train.py", "tools.")):
-                yield words[:i], word, words[i + 1:] + SMALL.get(word, [])
-                break
-        else:
-            yield words, None, []
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where a reader might stand, with the folders that the chapter names."""
-    folder = tmp_path_factory.mktemp("reader")
-    miniature_wan.make(folder / "Wan2.1-T2V-1.3B", "original")
-    miniature_wan.make(folder / "Wan2.1-T2V-1.3B-Diffusers", "diffusers")
-    WanModel.from_pretrained(folder / "Wan2.1-T2V-1.3B").save_pretrained(
-        folder / "runs" / "student", metadata={"method": "AVD"})
-    adavid.FrameInterpolator(16, width=8).save_pretrained(
-        folder / "runs" / "student" / "interpolator.safetensors")
-    (folder / "prompts.txt").write_text("a dog runs\na bird\n")
-    return folder
+def commands(page):
+    """The lines of a page's shell blocks."""
+    return [line for block in blocks(page, "sh") for line in block.splitlines()]
 
 
-def test_sampling_and_export(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    seen = []
-    for _, program, args in commands("Wan2.1"):
-        if program:
-            assert PROGRAMS[program](args) == 0, args
-            seen.append(program)
-    assert seen == ["sample.py"] * 3 + ["tools.export"]
-    video = iio.imread("runs/samples/A cat walks on the grass, realistic-0.mp4")
-    assert video.shape == (17, 256, 384, 3)
-    assert sorted(p.name for p in Path("runs/vbench").glob("*.mp4")) == [
-        f"{prompt}-{i}.mp4" for prompt in ("a bird", "a dog runs") for i in range(5)]
-    assert Path("runs/exported/transformer/config.json").exists()
-    assert Path("runs/exported/scheduler/scheduler_config.json").exists()
-    assert Path("runs/exported/interpolator.safetensors").exists()
+def code(page):
+    """All that a page shows as a command, in blocks and within its sentences."""
+    return "\n".join([*commands(page), *re.findall(r"`[^`\n]+`", text_of(page))])
 
 
-def test_training_from_videos_to_a_student(tmp_path, monkeypatch, capsys):
-    """Videos, shards, interpolator, distillation on two ranks and with LoRA, samples."""
-    monkeypatch.chdir(tmp_path)
-    miniature_wan.make(tmp_path / "Wan2.1-T2V-1.3B", "original")
-    Path("prompts.txt").write_text("a dog runs\n")
-    Path("clips").mkdir()
-    with open("captions.jsonl", "w") as file:
-        for i, caption in enumerate(["a bird", "A dog runs.", "a car", "a boat", "a tree"]):
-            rows = torch.arange(32).view(1, 32, 1, 1) * (i + 2)
-            video = (rows + 5 * torch.arange(20).view(20, 1, 1, 1)) % 256
-            iio.imwrite(f"clips/{i}.mp4", video.expand(20, 32, 48, 3).byte().numpy(), fps=16)
-            print(json.dumps({"video": f"{i}.mp4", "caption": caption}), file=file)
+def run(line, small=SMALL):
+    """Run a command of the docs at a small size -> the name of the program, or None if not ours."""
+    words = shlex.split(line)
+    program = next((word for word in words if word in PROGRAMS), None)
+    if program is None:
+        assert words[0] in (".", "cp", "hf", "make", "python", "python3"), line
+        if words[0] == "cp":
+            shutil.copy(*words[1:])
+        return None
+    start, args = words[:words.index(program)], words[words.index(program) + 1:]
+    args += small.get(program, [])
+    if words[0] == "python":
+        assert PROGRAMS[program](args) == 0, line
+    else:
+        torchrun(start, program, args)
+    return program
 
+
+def torchrun(start, program, args):
+    """Two processes on this machine, however many GPUs and nodes the docs name."""
+    here = {"8": "2", "3": "1", "HOST:29500": "localhost:0"}
+    start = [here.get(word, word) for word in start[1:]]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    seen = []
-    for start, program, args in commands("Scaling to Wan2.1"):
-        if program is None:
-            assert start[0] == "cp"
-            shutil.copy(*start[1:])
-        elif not start[0].endswith("torchrun"):
-            assert PROGRAMS[program](args) == 0, args
-            seen.append(program)
-            said = capsys.readouterr().out
-            if program == "tools.encode":
-                assert "4 encoded" in said and "1: its caption" in said
-        else:  # two ranks on the one node that is here
-            here = {"8": "2", "3": "1", "HOST:29500": "localhost:0"}
-            torchrun = ["torch.distributed.run", *(here.get(word, word) for word in start[1:])]
-            script = str(ROOT / program) if program.endswith(".py") else program
-            result = subprocess.run([sys.executable, "-m", *torchrun, script, *args],
-                                    env=env, capture_output=True, text=True, timeout=200)
-            assert result.returncode == 0, (args, result.stderr)
-            seen.append(program)
-    assert seen == ["tools.plan"] * 3 + ["tools.encode"] * 2 + ["train.py"] * 4 + [
-        "tools.export", "sample.py"]
-    log = [json.loads(line) for line in open("runs/student/metrics.jsonl")]
-    assert len(log) == 2 and "saturation" in log[-1] and Path("runs/student/samples").is_dir()
-    assert WanModel.from_pretrained("runs/merged").config == WanModel.from_pretrained(
-        "runs/student").config
-    assert Path("runs/student/interpolator.safetensors").exists()
-    assert Path("runs/vbench/a dog runs-4.mp4").exists()
-
-    miniature_wan.make(tmp_path / "Wan2.1-T2V-1.3B-Diffusers")  # and on, in stock diffusers
-    assert export.main(["--model", "runs/student", "--out", "runs/exported"]) == 0
-    stock, _ = blocks("Wan2.1", "python")
-    assert run_python(stock, "video", tmp_path) == "(5, 32, 48, 3)"
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *start, str(ROOT / program), *args],
+        env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, (args, result.stderr)
 
 
-def run_python(code, shown, cwd):
-    """A block of the README, but for its sizes and its GPU -> the shape of what it makes."""
+def run_python(code):
+    """Run Python of the docs at a small size, in this folder -> the lines that it prints."""
     small = {"torch.bfloat16": "torch.float32", '"cuda"': '"cpu"', "21, 60, 104": "3, 4, 6",
              "guidance_scale=1.0": "guidance_scale=1.0, num_frames=5, height=32, width=48",
              ".cuda()": ""}
     for theirs, tiny in small.items():
         code = code.replace(theirs, tiny)
-    result = subprocess.run(
-        [sys.executable, "-c", f"{code}\nprint(tuple({shown}.shape))"], cwd=cwd,
-        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout.split("\n")[-2]
+    return result.stdout.splitlines()
 
 
-def test_python(folder):
-    stock, ours = blocks("Wan2.1", "python")
-    assert run_python(stock, "video", folder) == "(5, 32, 48, 3)"
-    assert run_python(ours, "latents", folder) == "(1, 16, 3, 4, 6)"
+# ---------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_wan_page_runs_from_videos_to_a_student_in_stock_diffusers(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    miniature_wan.make("Wan2.1-T2V-1.3B", "original")
+    miniature_wan.make("Wan2.1-T2V-1.3B-Diffusers", "diffusers")
+    Path("prompts.txt").write_text("a dog runs\na bird flies\n")
+    Path("clips").mkdir()
+    with open("captions.jsonl", "w") as file:
+        for i, caption in enumerate(["a fish", "A dog runs.", "a car", "a boat", "a tree"]):
+            rows = torch.arange(32).view(1, 32, 1, 1) * (i + 2)
+            video = (rows + 5 * torch.arange(20).view(20, 1, 1, 1)) % 256
+            iio.imwrite(f"clips/{i}.mp4", video.expand(20, 32, 48, 3).byte().numpy(), fps=16)
+            print(json.dumps({"video": f"{i}.mp4", "caption": caption}), file=file)
+
+    for line in commands(WAN):
+        program = run(re.sub(r"--accumulate \d+", "--accumulate 1", line))
+        said = capsys.readouterr().out
+        if program == "tools.encode":
+            assert "4 encoded" in said and "1: its caption" in said
+        elif "--memory 12" in line:
+            assert "fits 12 GB" in said
+
+    for name in ("lora", "student", "three-nodes"):
+        log = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        assert len(log) == 2 and "saturation" in json.loads(log[-1])
+    assert WanModel.from_pretrained("runs/merged").config == WanModel.from_pretrained(
+        "runs/student").config
+    assert Path("runs/student/interpolator.safetensors").exists()
+    video = iio.imread("runs/samples/A cat walks on the grass, realistic-0.mp4")
+    assert video.shape == (17, 256, 384, 3)
+    assert sorted(p.name for p in Path("runs/vbench").glob("*.mp4")) == [
+        f"{prompt}-{i}.mp4" for prompt in ("a bird flies", "a dog runs") for i in range(5)]
+    for file in ("transformer/config.json", "scheduler/scheduler_config.json",
+                 "interpolator.safetensors"):
+        assert Path("runs/exported", file).exists()
+    stock, ours = blocks(WAN, "python")
+    shapes = run_python(f"{stock}\nprint(*video.shape)\n{ours}\nprint(*latents.shape)")
+    assert shapes[-2:] == ["5 32 48 3", "1 16 3 4 6"]
+
+
+def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = text_of(TRAINING)
+    small = {"train.py": SMALL["train.py"], "sample.py": ["--device", "cpu"]}
+    for line in commands(TRAINING):
+        if "train.py teacher" in line:
+            line = line.replace("--compile", "--score-prompts 4")
+        elif "train.py distill" in line:
+            line += f" --model {toy_folder} --batch-size 4"
+        run(line.replace("--steps 50", "--steps 2"), small)
+    assert {p.name for p in Path("runs").iterdir()} == set(re.findall(r"--out runs/(\S+)", page))
+    for log in Path("runs").glob("*/metrics.jsonl"):
+        for name in json.loads(log.read_text().splitlines()[-1]):
+            name = re.sub(r"_(1000|900|757|522)$", "_T", name)
+            assert name == "step" or f"`{name}`" in page, f"{name} is not in docs/training.md"
+    for file in re.findall(r"`(.*?)`", re.search(r"that they produce \((.*?)\)", page)[1]):
+        assert list(Path("runs").glob(f"*/{file}")), file
+
+
+def test_the_readmes_commands_are_those_of_the_docs(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy_folder, "runs/demo/avd")
+    toy, *wan = [line for line in commands(README) if not line.startswith((".", "make"))]
+    assert run(toy, {}) == "sample.py"
+    assert len(wan) == 4 and set(wan) < set(commands(WAN))
+
+
+def test_flags_in_the_docs_exist(capsys):
+    known = {"--local-dir", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
+             "--maxprocesses"}  # of hf, torchrun and pytest
+    stages = [["teacher"], ["interpolator"], ["distill"]]
+    for name, main in PROGRAMS.items():
+        for stage in {"train.py": stages, "tools.plan": [["distill"], ["sample"]]}.get(name, [[]]):
+            assert main([*stage, "--help"]) == 0
+            known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    for page in PAGES:
+        used = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?!\w)", code(page))
+        assert set(used) <= known, page.name
+
+
+def test_every_make_target_has_its_plain_commands():
+    makefile, page = text_of(ROOT / "Makefile"), text_of(CONTRIBUTING)
+    recipes = re.findall(r"^([a-z][\w.-]*):.*## .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    rows = dict(re.findall(r"^\| `make ([\w.-]+)` \| (.*) \|$", page, re.MULTILINE))
+    assert {name for name, _ in recipes} - {"help"} == set(rows)
+    for name, recipe in recipes:
+        for command in re.findall(r"\$\(RUN\) (.*)", recipe):
+            assert f"`python {command}`" in rows[name], name
+    for doc in PAGES:
+        named = re.findall(r"\bmake ([a-z][\w.-]*)", code(doc))
+        assert set(named) <= {name for name, _ in recipes}, doc.name
+
+
+# ---------------------------------------------------------------------------------------------
+# Links
+# ---------------------------------------------------------------------------------------------
+
+
+def anchors(page):
+    """The fragments that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if fragment and file.suffix == ".md":
+            assert fragment in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_to_a_line_leads_to_the_definition_that_it_names(page):
+    links = re.findall(r"\[`?([^\]`]*)`?\]\(([^)]+\.py)#L(\d+)\)", text_of(page))
+    assert len(links) == text_of(page).count(".py#L")
+    for name, file, number in links:
+        lines = text_of(page.parent / file).splitlines()
+        found = [i for i, line in enumerate(lines, 1)
+                 if re.match(rf"\s*(def|class) {name}\b", line)]
+        assert int(number) in found, f"{name} is in {file} at line {found}, not {number}"
