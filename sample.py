@@ -62,8 +62,6 @@ class Sample:
     """with --teacher: what guidance leads away from; by default Wan's own, or empty for the toy"""
     shift: float = 5.0
     """with --teacher: shifts the steps towards noise"""
-    solver: Literal["euler", "unipc"] | None = None
-    """with --teacher: by default unipc for Wan, as in diffusers, or euler for the toy"""
     batch_size: int | None = None
     """videos at a time; by default 1 for Wan and 16 for the toy"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -137,7 +135,7 @@ def run(args):
             if args.teacher:
                 return adavid.sample_teacher(
                     counted, noise, text, null_text, args.steps, config.guidance_scale,
-                    args.shift, args.solver or codec.solver).cpu()
+                    args.shift, codec.solver).cpu()
             return adavid.sample(counted, noise, text, config, interpolator, generator).cpu()
 
     names, rows, kept = file_names(prompts), [], []

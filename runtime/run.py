@@ -189,7 +189,8 @@ class Run:
 
     def minutes(self):
         """The minutes that all steps took, in earlier calls too; prints them."""
-        times = [json.loads(line) for line in open(self.args.out / "times.jsonl")]
+        log = (self.args.out / "times.jsonl").read_text()
+        times = [json.loads(line) for line in log.splitlines()]
         seconds, waited = (sum(line[name] for line in times) for name in ("seconds", "waited"))
         if seconds:
             print(f"{self.args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them "
