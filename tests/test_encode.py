@@ -300,7 +300,7 @@ def test_a_vae_that_fails_costs_pictures_and_no_run(wan, shards, tmp_path, monke
 
     monkeypatch.setattr(WanCodec, "decode", fails)
     assert distil(wan, "b") == 0
-    assert "not drawn (out of memory)" in capsys.readouterr().out
+    assert "not written (out of memory)" in capsys.readouterr().out
     assert (tmp_path / "b" / "diffusion_pytorch_model.safetensors").exists()
 
 
