@@ -7,7 +7,7 @@ import triton.language as tl
 # AMD, whose warps have 64 threads, and 32 bytes on NVIDIA. PyTorch rounds a product before it adds
 # it to something; without fusion, the kernels do the same.
 TILE = 1024
-OPTIONS = dict(num_warps=2, enable_fp_fusion=False)
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
 def rows(*videos):

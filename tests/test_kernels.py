@@ -209,9 +209,9 @@ def test_kernels_compile_without_a_gpu(target):
     from kernels import bench
 
     for operation, inputs in bench.wan_inputs().items():
-        launches = bench.compiled(bench.TARGETS[target], operation, inputs)
-        assert len(launches) == 2  # one forward, one backward
-        assert all("cubin" in kernel.asm or "hsaco" in kernel.asm for kernel, _ in launches)
+        compiled = bench.compiled(bench.TARGETS[target], operation, inputs)
+        assert len(compiled) == 2  # one forward, one backward
+        assert all("cubin" in kernel.asm or "hsaco" in kernel.asm for kernel in compiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -221,9 +221,37 @@ def test_aligned_videos_move_16_bytes_at_a_time_and_nothing_spills(target, dtype
     from kernels import bench
 
     for operation, inputs in bench.wan_inputs(dtype=dtype).items():
-        for kernel, _ in bench.compiled(bench.TARGETS[target], operation, inputs):
+        for kernel in bench.compiled(bench.TARGETS[target], operation, inputs):
             code = bench.machine_code(kernel)
             assert code["scratch"] == 0
             # The others are a scalar each (dL/dy and a partial sum), or dL/dblend.
             assert code["loads_16"] >= max(4, code["loads"] - 1)
             assert code["stores_16"] >= max(2, code["stores"] - 1)
+
+
+def test_compiling_heeds_the_alignment_of_the_arguments():
+    pytest.importorskip("triton")
+    from kernels import bench
+
+    aligned = torch.rand(1, 2, 3, 8, 128)
+    shifted = torch.rand(aligned.numel() + 1)[1:].view_as(aligned)
+    wide = []
+    for x in (aligned, shifted):
+        forward, _ = bench.compiled(
+            bench.TARGETS["sm_90"], "temporal_variance", [x.requires_grad_()]
+        )
+        wide.append(bench.machine_code(forward)["loads_16"])
+    assert wide[0] > 0 and wide[1] == 0
+
+
+def test_benchmarks_count_the_bytes_that_must_move():
+    pytest.importorskip("triton")
+    from kernels import bench
+
+    variance, frames = bench.wan_inputs().items()
+    with bench.compile_only(bench.TARGETS["sm_90"]):
+        counted = [bench.bytes_moved(*each) for each in (variance, frames)]
+    x, mean, out = 16 * 21 * 6240 * 2, 16 * 6240 * 4, 4
+    assert counted[0] == 3 * x + 2 * mean + 2 * out
+    x0, blend, residual = 16 * 11 * 6240 * 2, 10 * 6240 * 2, 16 * 10 * 6240 * 2
+    assert counted[1] == 3 * x0 + 3 * blend + 2 * residual + 2 * x
