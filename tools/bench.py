@@ -33,7 +33,7 @@ import train
 from runtime.student import load_interpolator
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel
 from runtime import cli
-from tools import plan, report
+from tools import costs, plan, report
 from tools.ablation import markdown, write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -123,9 +123,9 @@ def count_cycles(presets):
     forwards = {}
     for preset in presets:
         shape = ToyCodec().latent_shape() if preset == "tiny" else WAN
-        full, *costs = plan.at_full_depth(PRESETS[preset], lambda config: prices(config, shape))
+        full, *rest = costs.at_full_depth(PRESETS[preset], lambda config: prices(config, shape))
         forwards[preset] = {name: sum(calls * cost / full for calls, cost in zip(
-            calls_of(schedule), (full, *costs))) / 4 for name, schedule in SCHEDULES.items()}
+            calls_of(schedule), (full, *rest))) / 4 for name, schedule in SCHEDULES.items()}
     return forwards
 
 
@@ -161,20 +161,20 @@ def prices(config, shape):
     Counted on the meta device. Attention is the plain one: to compute its scores again in backward
     is no progress, nor is it to compute blocks again.
     """
-    model, (x, text) = plan.build(config), plan.inputs(config, shape, 1)
+    model, (x, text) = costs.build(config), costs.inputs(config, shape, 1)
     with torch.device("meta"):
         interpolator = adavid.FrameInterpolator(shape[0], 32).requires_grad_(False)
         t = torch.empty(1)
-    half, costs = x[:, :, ::2], []
+    half, counted = x[:, :, ::2], []
     for network, grad in KINDS:
         run = {1: partial(model, x, t, text), 2: partial(model, half, t, text, frame_stride=2),
                "interpolator": partial(interpolator, half.detach().requires_grad_(grad))}[network]
-        with plan.Meter() as meter, torch.set_grad_enabled(grad):
+        with costs.Meter() as meter, torch.set_grad_enabled(grad):
             out = run()
             if grad:
                 out.sum().backward()
-        costs.append(meter.flops)
-    return np.array(costs, dtype=float)
+        counted.append(meter.flops)
+    return np.array(counted, dtype=float)
 
 
 def timed_cycles(batch_size=1):
