@@ -86,9 +86,9 @@ def compiled(target, operation, inputs):
 
 
 def machine_code(kernel):
-    """Registers and scratch bytes (spills, local arrays) of a thread; instructions; memory accesses.
+    """Registers and scratch bytes (spills, local arrays) of a thread; instructions, loads, stores.
 
-    `loads_16` and `stores_16` are those that move 16 bytes at once.
+    `loads_16` and `stores_16` count those that move 16 bytes at once.
     """
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

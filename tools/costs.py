@@ -90,7 +90,7 @@ def count(function):
 
 
 def at_full_depth(config, counted, depth=1):
-    """`counted(config)`, from models of `depth` and one more blocks, as each block adds the same."""
+    """`counted(config)`, from models of `depth` blocks and one more: each block adds the same."""
     low, high = (counted(replace(config, num_layers=n)) for n in (depth, depth + 1))
     return low + (config.num_layers - depth) * (high - low)
 
