@@ -240,6 +240,17 @@ def test_the_pages_have_the_tables_and_html_stands_alone(folder):
     assert "- **Which loss cures what?** None: GFLOPs rises by 0." in results
 
 
+def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conditions.toml").write_text(CONDITIONS)
+    assert ablation.main(["--conditions", "conditions.toml", "--quick"]) == 0
+    lines = map(json.loads, open("runs/ablation-quick/measurements.jsonl"))
+    assert {(line["row"], line["seed"], len(line["scores"]["prompt"])) for line in lines} == {
+        (row, 0, 64) for row in ("real", "teacher", "dmd", "avd")}
+    text = (tmp_path / "runs" / "ablation-quick" / "results.html").read_text(encoding="utf-8")
+    assert tags_of_page_that_stands_alone(text).count("img") == 4 * 8
+
+
 # --- what is committed -------------------------------------------------------------------------
 
 

@@ -550,8 +550,9 @@ def draw(measured, question):
         for i, row in enumerate(rows):
             mean, low, high = measured.interval(column, row)
             colour = "#3b82d6" if "student" in measured.conditions["rows"][row] else "#8a8f98"
-            axes.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4,
-                          capsize=2, color=colour)
+            # Where nothing varies, rounding may put the mean outside its interval.
+            error = [[max(0, mean - low)], [max(0, high - mean)]]
+            axes.errorbar(mean, i, xerr=error, fmt="o", markersize=4, capsize=2, color=colour)
         axes.set_title(COLUMNS[column][0], loc="left", fontsize="small")
     panels[0].set_yticks(range(len(rows)), map(measured.title, rows))
     panels[0].invert_yaxis()
