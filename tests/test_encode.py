@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from runtime.data import Prefetch, Shards
 from tests import miniature_wan
 from tests.test_train import complaint
 from tiny_wan import WanCodec, codec
 from tools import encode
-from runtime.data import Prefetch, Shards
 
 ROOT = Path(encode.__file__).parents[1]
 SIZE = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]

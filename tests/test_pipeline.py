@@ -15,8 +15,8 @@ import sample
 from runtime.models import load_config
 from tests import miniature_wan
 from tests.test_wan import complaint, edit_tensors
-from tiny_wan import codec as codec_module
 from tiny_wan import WEIGHTS, WanCodec, WanConfig, WanModel, checkpoint, open_codec
+from tiny_wan import codec as codec_module
 from tiny_wan.checkpoint import FILE
 from tools import export
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
+from runtime import lora
+from runtime.checkpoints import list_checkpoints
 from tests.test_train import complaint
 from tiny_wan import WanModel
-from runtime import lora
 from tools import export
-from runtime.checkpoints import list_checkpoints
 
 ROOT = Path(train.__file__).parent
 

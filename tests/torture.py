@@ -38,12 +38,12 @@ from tqdm import tqdm
 import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
+from runtime import cli, lora
+from runtime.checkpoints import list_checkpoints
+from runtime.data import write_toy_shards
 from tests import miniature_wan
 from tiny_wan import WanConfig, WanModel, checkpoint
-from runtime import cli, lora
 from tools import encode, export
-from tools.ablation import write_shards
-from runtime.checkpoints import list_checkpoints
 
 LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
 STAGES = {
@@ -104,7 +104,7 @@ def prepare():
     rng = np.random.default_rng(0)
     for i in range(24):
         write_clip(f"clips/{i:02}", rng.integers(0, 255, (6, 32, 48, 3), dtype=np.uint8))
-    write_shards(Path("shards"), 0, count=8)
+    write_toy_shards(Path("shards"), seed=0, count=8)
 
 
 def write_clip(name, video):

@@ -31,13 +31,13 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sample import LONGEST, read_prompts
-from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from runtime import cli
+from runtime.checkpoints import fsync
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
 from runtime.run import stop_signals
-from runtime.checkpoints import fsync
+from sample import LONGEST, read_prompts
+from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 TIMEOUT = 300  # seconds for one video

@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from runtime.models import load_config
-from tiny_wan import WanModel, checkpoint
 from runtime import cli
 from runtime.lora import merge
+from runtime.models import load_config
+from tiny_wan import WanModel, checkpoint
 
 SCHEDULER = {  # it noises each prediction anew, as this project's sampler does
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
