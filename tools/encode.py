@@ -59,8 +59,7 @@ class Encode:
     codec: Path | None = None
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     exclude_prompts: Path | None = None
-    """a text file with a prompt on each line, such as a benchmark's; captions that repeat one are
-    skipped"""
+    """a text file with a prompt on each line, as of a benchmark; captions must not repeat one"""
     frames: int = WanCodec.frames
     """of each video, from its start; shorter videos are skipped"""
     height: int = WanCodec.height
@@ -245,8 +244,8 @@ def read_video(file, frames, height, width, fps):
         imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
         "-protocol_whitelist", "file,pipe", "-max_pixels", str(2**26),
         "-i", f"file:{file.resolve()}", "-map", "0:v:0",
-        "-vf", f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
-               f"crop={width}:{height}",
+        "-vf", (f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
+                f"crop={width}:{height}"),
         "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
     with tempfile.TemporaryFile() as log:  # not in memory: a damaged file's log may be endless
         try:
@@ -291,7 +290,7 @@ def read_shards(out, settings):
             header = shard.metadata() or {}
         try:
             then, *rows = (json.loads(header[key]) for key in ("settings", "videos", "prompts"))
-            changed = [f"{k} was {str(then.get(k)):.60}, now {str(settings[k]):.60}"
+            changed = [f"{k} was {then.get(k)!s:.60}, now {settings[k]!s:.60}"
                        for k in settings if then.get(k) != settings[k]]
             shards[file.name] = {str(name): str(caption) for name, caption in zip(*rows)}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

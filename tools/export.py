@@ -35,8 +35,7 @@ class Export:
     lora: Path | None = None
     """a LoRA adapter that train.py trained on this model; it is merged into the weights"""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """of the weights; by default the model's own. Time embedding, modulation and norms stay in
-    float32"""
+    """of the weights, by default the model's own; what Wan computes in float32 stays float32"""
 
 
 def main(argv=None):
