@@ -217,7 +217,7 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
         x0_fake = predict_x0(critic, x_t, t, text)
         v_real = guided_velocity(teacher, x_t, t, text, null_text, config.guidance_scale)
         gradient = dmd_gradient(x0, x0_fake, velocity_to_x0(v_real, x_t, t))
-    return dmd_loss(x0, gradient)
+    return dmd_loss(x0, gradient)  # a loss with this gradient
 
 
 # ---------------------------------------------------------------------------------------------

@@ -315,10 +315,11 @@ def distill(args):
     state |= {"ema": averaged} if args.ema else {}
     with Run(args, state) as run:
         for cycle in run.steps():
-            first = cycle * max(1, config.critic_updates)  # updates are numbered by their data
-            metrics, videos = update_student(
-                args, models, student_optimizer, cache, null_text, rollout_step(args, first),
-                load_batches(args, fetch, first, device))
+            # Each update of the critic has batches of its own, but for the first of a cycle, which
+            # shares the student's. With --one-rollout, all of a cycle's updates share them.
+            first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
+            metrics, videos = update_student(args, models, student_optimizer, cache, null_text,
+                                             load_batches(args, fetch, first, device))
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
                 with torch.no_grad():
                     for p, q in zip(averaged.parameters(), models.student.parameters()):
@@ -327,7 +328,7 @@ def distill(args):
             critic_metrics = []
             for update in range(first, first + config.critic_updates):
                 if update > first and not args.one_rollout:
-                    videos = generate_videos(args, models, rollout_step(args, update),
+                    videos = generate_videos(args, models,
                                              load_batches(args, fetch, update, device))
                 critic_metrics.append(update_critic(args, models.critic, critic_optimizer, videos))
             metrics |= mean_metrics(critic_metrics)
@@ -343,13 +344,14 @@ def distill(args):
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
 
-def update_student(args, models, optimizer, cache, null_text, step, batches):
+def update_student(args, models, optimizer, cache, null_text, batches):
     """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
 
-    The videos are a list with (x0, text, generators) of each batch.
+    The videos are a list with (x0, text, generators) of each batch. The critic goes on with the
+    generators where the student stopped.
     """
     config, values, videos = args.avd, defaultdict(list), []
-    for real, text, generators in batches:
+    for real, text, step, generators in batches:
         loss = 0
         for term, new_values in adavid.student_losses(
                 models.student, models.teacher, models.critic, cache, real, text, null_text, step,
@@ -358,14 +360,14 @@ def update_student(args, models, optimizer, cache, null_text, step, batches):
             loss = loss + term.detach()
             for name, value in new_values.items():
                 values[name].append(value)
-        videos.append((values["x0"].pop(), text, generators))
+        videos.append((values.pop("x0")[0], text, generators))
         values["loss"].append(loss)
         values["data_variance"].append(kernels.temporal_variance(real).mean())
-    del values["x0"]
     values = {name: torch.cat([part.view(-1) for part in parts]) for name, parts in values.items()}
 
     metrics = {name: x.mean().item() for name, x in values.items() if name != "reg_step"}
     norm = clip_and_step(models.student, [optimizer], config.grad_clip, metrics["loss"])
+    # The norm is nan if the update was skipped, as a number was not finite on some rank.
     if "reg" in values:
         if math.isfinite(norm):
             cache.update(values["reg_step"], values["reg"])
@@ -398,9 +400,9 @@ def update_critic(args, critic, optimizer, videos):
     return {"critic": loss, "critic_grad_norm": norm}
 
 
-def generate_videos(args, models, step, batches):
+def generate_videos(args, models, batches):
     """Yield new videos of the student, as (x0, text, generators) of each batch."""
-    for real, text, generators in batches:
+    for real, text, step, generators in batches:
         with torch.no_grad():
             noise = adavid.draw(torch.randn, real.shape, real, generators)
             x0 = adavid.backward_simulation(models.student, noise, text, step, args.avd,
@@ -408,20 +410,17 @@ def generate_videos(args, models, step, batches):
         yield x0, text, generators
 
 
-def rollout_step(args, update):
-    """The student's step at which the rollouts of an update end, at random.
+def load_batches(args, fetch, update, device):
+    """Yield an update's `accumulate` batches: real videos, text, step, a generator per sample.
 
-    All ranks must agree on it: with other numbers of forwards, sharded models would deadlock.
+    step: the student's step at which the rollouts end, random for each update. All ranks must agree
+        on it: with other numbers of forwards, sharded models would deadlock.
     """
     generator = make_generator(args.seed, "step", update)
-    return torch.randint(len(args.avd.timesteps), (), generator=generator).item()
-
-
-def load_batches(args, fetch, update, device):
-    """Yield an update's `accumulate` batches: real videos, text, a generator for each sample."""
+    step = torch.randint(len(args.avd.timesteps), (), generator=generator).item()
     for batch in range(update * args.accumulate, (update + 1) * args.accumulate):
         real, text, _ = fetch(batch)
-        yield (real.to(device), text.to(device),
+        yield (real.to(device), text.to(device), step,
                make_generators(args.seed, "distill", sample_indices(args, batch)))
 
 

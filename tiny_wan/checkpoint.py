@@ -97,8 +97,7 @@ def weight_files(path):
         return files
     file = path / FILE if path.is_dir() else path
     if path.is_dir() and not file.is_file():  # a ComfyUI file can have any name
-        found = [f for f in path.glob("*.safetensors")
-                 if f.name not in ("interpolator.safetensors", "checkpoint.safetensors")]
+        found = [f for f in path.glob("*.safetensors") if f.name != "interpolator.safetensors"]
         file = found[0] if len(found) == 1 else file
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; a model is a folder with config.json and "
