@@ -56,7 +56,7 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def checkpoint_tensors(out):
+def saved(out):
     """All tensors of a run's newest checkpoint, whole, whichever ranks have written it."""
     reader = HuggingFaceStorageReader(str(list_checkpoints(out)[-1]))
     tensors = {name: torch.zeros(about.size, dtype=about.properties.dtype)
