@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline,
-                       WanTransformer3DModel)
-from diffusers.loaders.single_file_utils import (convert_wan_transformer_to_diffusers,
-                                                 convert_wan_vae_to_diffusers)
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
 from safetensors.torch import save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import adavid
-from tests.test_model import random_model
+from tests.helpers import random_model
 from tiny_wan import WanConfig
 
 CONFIG = WanConfig(48, 96, 4, 2, in_dim=4, out_dim=4, text_dim=15, text_len=8)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests import miniature_wan
-from tests.test_model import random_model
+from tests.helpers import equal, random_model
 from tiny_wan import PRESETS, WanConfig, WanModel, checkpoint
 from tiny_wan.model import KEPT_PRECISE
 
@@ -40,7 +39,7 @@ def theirs(request):
 
 
 def ways_in(theirs, folder):
-    """The same weights on disk in each form that users have."""
+    """The paths of the same weights on disk, in each form that users have."""
     theirs.save_pretrained(folder / "pipeline" / "transformer")
     yield folder / "pipeline"
     yield folder / "pipeline" / "transformer"
@@ -116,8 +115,7 @@ def test_what_we_save_is_read_by_diffusers(layout, tmp_path):
         assert (ours(x, t, text) - velocity(theirs, x, t, text)).abs().max() <= 2e-5
     again = WanModel.from_pretrained(tmp_path / "wan")
     assert again.config == config and checkpoint.read_metadata(tmp_path / "wan")["method"] == "AVD"
-    for name, p in ours.state_dict().items():
-        assert torch.equal(p, again.state_dict()[name])
+    assert equal(ours.state_dict(), again.state_dict())
 
 
 PUBLISHED = {  # transformer/config.json of Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers
@@ -194,99 +192,3 @@ def test_bf16_keeps_in_float32_what_diffusers_keeps():
     for name in names:
         if theirs.search(checkpoint.diffusers_name(name)):
             assert KEPT_PRECISE.search(name), name
-
-
-# --- broken files: one line each, and it names the file --------------------------------------
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(path, change):
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-HEAD = "proj_out.bias"
-BROKEN = {  # folder -> (what breaks it, what the line must say)
-    "no folder": (lambda d: shutil.rmtree(d), [checkpoint.FILE, "no such file"]),
-    "no weights": (lambda d: (d / checkpoint.FILE).unlink(), [checkpoint.FILE, "no such file"]),
-    "truncated": (lambda d: (d / checkpoint.FILE).write_bytes(
-        (d / checkpoint.FILE).read_bytes()[:-9]), [checkpoint.FILE, "not a whole safetensors"]),
-    "renamed": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        odd=t.pop(HEAD))), [checkpoint.FILE, f"'{HEAD}' is missing", "'odd' has no place"]),
-    "misshapen": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        {HEAD: torch.zeros(3)})), [f"'{HEAD}' is [3], but must be [64]"]),
-    "empty": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        {HEAD: torch.zeros(0, 3)})), [f"'{HEAD}' is empty"]),
-    "integers": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        {HEAD: t[HEAD].int()})), [f"'{HEAD}' is torch.int32"]),
-    "not a number": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: t.update(
-        {HEAD: t[HEAD] * torch.nan})), [f"'{HEAD}' is not finite"]),
-    "absurd": (lambda d: edit_json(d / "config.json", text_len=2**40),
-               ["config.json", "text_len is 1099511627776"]),
-    "contradiction": (lambda d: edit_json(d / "config.json", ffn_dim=97),
-                      ["config.json", "ffn_dim is 97", "96"]),
-    "too many layers": (lambda d: edit_json(d / "config.json", num_layers=3),
-                        ["config.json", "num_layers is 3"]),
-    "too few layers": (lambda d: edit_json(d / "config.json", num_layers=1),
-                       ["blocks.1.", "has no place"]),
-    "heads that are no share": (lambda d: edit_json(d / "config.json", num_attention_heads=7),
-                                ["num_heads 7 does not split dim 48"]),
-    "nonsense": (lambda d: edit_json(d / "config.json", num_layers="two"),
-                 ["config.json", "num_layers is 'two'"]),
-    "not JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
-    "a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "not a JSON"]),
-    "another family": (lambda d: edit_json(d / "config.json", _class_name="FluxTransformer2DModel"),
-                       ["config.json", "FluxTransformer2DModel"]),
-    "image to video": (lambda d: edit_json(d / "config.json", _class_name="WanModel",
-                                           model_type="i2v"), ["config.json", "i2v"]),
-    "other tensors": (lambda d: edit_tensors(d / checkpoint.FILE, lambda t: [
-        t.pop(n) for n in list(t)[1:]]), ["is this a Wan transformer"]),
-}
-
-
-def complaint(capsys, *args):
-    """The one line of sample.py's complaint."""
-    import sample
-
-    capsys.readouterr()
-    assert sample.main([str(a) for a in (*args, "--device", "cpu")]) == 2
-    error = capsys.readouterr().err.splitlines()
-    error = [line for line in error if line and "Loading" not in line]  # transformers' bar
-    assert len(error) == 1 and error[0].startswith("error: "), error
-    return error[0]
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_gets_one_line(name, tmp_path, capsys):
-    miniature_wan.transformer().save_pretrained(tmp_path / "wan" / "transformer")
-    breaks, says = BROKEN[name]
-    breaks(tmp_path / "wan" / "transformer")
-    line = complaint(capsys, "a cat", "--model", tmp_path / "wan", "--out", tmp_path / "out")
-    assert all(part in line for part in [*says, str(tmp_path / "wan")]), line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("breaks, says", [
-    (lambda d: next(d.glob("*-00002-*")).unlink(), ["-00002-", "no such file"]),
-    (lambda d: (d / (checkpoint.FILE + ".index.json")).write_text("{}"), ["no weight_map"]),
-    (lambda d: edit_json(d / (checkpoint.FILE + ".index.json"), weight_map={"a": "../b"}),
-     ["'../b' is not the name of a file beside it"]),
-    (lambda d: edit_json(d / (checkpoint.FILE + ".index.json"), weight_map={"a": "b" * 5000}),
-     ["no such file, but", "lists it"]),
-])
-def test_broken_shards_get_one_line(breaks, says, tmp_path, capsys):
-    miniature_wan.transformer().save_pretrained(tmp_path, max_shard_size="300KB")
-    breaks(tmp_path)
-    line = complaint(capsys, "a cat", "--model", tmp_path)
-    assert all(part in line for part in says), line
-
-
-def test_a_shards_index_that_forgets_one_is_noticed(tmp_path, capsys):
-    miniature_wan.transformer().save_pretrained(tmp_path, max_shard_size="300KB")
-    index = tmp_path / (checkpoint.FILE + ".index.json")
-    names = json.loads(index.read_text())["weight_map"]
-    edit_json(index, weight_map={n: f for n, f in names.items() if "-00002-" not in f})
-    assert "is missing" in complaint(capsys, "a cat", "--model", tmp_path)
