@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save, save_file
 import sample
 import train
 from adavid import FrameInterpolator
-from runtime import lora
 from tests import miniature_wan
 from tiny_wan import checkpoint
 from tiny_wan.checkpoint import FILE
@@ -57,7 +56,7 @@ CPU = "--out out --device cpu"
 CLIP = f"{CPU} --frames 5 --height 32 --width 48"
 PIXEL = f"'a cat' {CPU} --frames 1 --height 32 --width 32"
 DISTILL = "distill --device cpu --batch-size 1 --critic-updates 1 --steps"
-ADAPTER = f"adapter/{lora.FILE}"
+ADAPTER = "adapter.safetensors"
 
 READERS = {
     "sample": Reader(sample.main, f"'a red ball' --model toy {CPU}", "toy"),
@@ -86,7 +85,7 @@ READERS = {
         encode.main, f"--videos @clips --model @diffusers {CLIP} --out encoded", "encoded"),
     "export": Reader(export.main, "--model toy --out out", "toy"),
     "export diffusers": Reader(export.main, "--model diffusers --out out", "diffusers"),
-    "merge": Reader(export.main, f"--model @toy --lora {ADAPTER} --out out", "adapter"),
+    "merge": Reader(export.main, f"--model @toy --lora {ADAPTER} --out out", ADAPTER),
 }
 
 # ---------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What the tests share: running programs, reading what they leave, and small inputs for them."""
 
-import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
 from adavid import AVDConfig, FrameInterpolator
+from runtime import lora
 from runtime.checkpoints import list_checkpoints
 from tiny_wan import WanConfig, WanModel
 from tools import encode
@@ -149,9 +150,15 @@ def write_shards(folder, counts, latent_shape, text_dim, has_videos=True):
 
 
 def make_run(folder, inputs):
-    """A distillation after one step, or for `adapter` one with LoRA."""
-    lora = ["--lora", 2] if folder.name == "adapter" else []
-    assert distill(inputs["toy"], folder, "--critic-updates", 1, *lora, steps=1, batch_size=1) == 0
+    """A distillation after one step."""
+    assert distill(inputs["toy"], folder, "--critic-updates", 1, steps=1, batch_size=1) == 0
+
+
+def make_adapter(file, inputs):
+    """What one step of LoRA has learnt."""
+    out = file.with_suffix("")
+    assert distill(inputs["toy"], out, "--lora", 2, "--critic-updates", 1, steps=1) == 0
+    shutil.copy(out / lora.FILE, file)
 
 
 def make_clips(folder, _):
@@ -174,24 +181,20 @@ def make_encoded(folder, inputs):
                         "--out", str(folder), *CLIP]) == 0
 
 
-def make_prompts(file, _):
-    file.write_text("a red ball\na blue ball moving left\n")
+def make_text(file, _):
+    file.write_text(TEXTS[file.name])
 
 
-def make_captions(file, _):
-    rows = [{"video": f"{i:02}.mp4", "caption": f"caption {i}"} for i in range(4)]
-    with open(file, "w", newline="") as opened:
-        if file.suffix == ".csv":
-            writer = csv.DictWriter(opened, ["video", "caption"])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            opened.writelines(json.dumps(row) + "\n" for row in rows)
-
-
+CAPTIONS = [(f"{i:02}.mp4", f"caption {i}") for i in range(4)]
+TEXTS = {
+    "prompts.txt": "a red ball\na blue ball moving left\n",
+    "captions.csv": "video,caption\n" + "".join(f"{name},{text}\n" for name, text in CAPTIONS),
+    "captions.jsonl": "".join(
+        json.dumps({"video": name, "caption": text}) + "\n" for name, text in CAPTIONS),
+}
 MAKERS = {
     "toy": make_toy, "diffusers": make_wan, "original": make_wan, "sharded": make_sharded,
-    "shards": make_shards, "texts": make_shards, "run": make_run, "adapter": make_run,
-    "clips": make_clips, "encoded": make_encoded, "prompts.txt": make_prompts,
-    "captions.jsonl": make_captions, "captions.csv": make_captions,
+    "shards": make_shards, "texts": make_shards, "run": make_run,
+    "adapter.safetensors": make_adapter, "clips": make_clips, "encoded": make_encoded,
+    **dict.fromkeys(TEXTS, make_text),
 }

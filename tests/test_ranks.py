@@ -10,19 +10,24 @@ from safetensors.torch import load_file
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
 from tests import miniature_wan
-from tests.helpers import distill, equal, read_lines, saved, torchrun
+from tests.helpers import ROOT, distill, equal, read_lines, saved, torchrun
 from tiny_wan import WanModel
 from tools import export
 
 
-def trained(teacher, out, *flags, ranks=1, steps=3, **options):
+def on_two_ranks(teacher, out, *flags, steps=3, script="train.py", launcher=(), cwd=ROOT):
+    """Distil with one video in each rank's batch."""
+    return torchrun(*launcher, script, "distill", "--model", teacher, "--out", out, "--batch-size",
+                    1, "--steps", steps, "--device", "cpu", "--sample-every", 100, *flags, cwd=cwd)
+
+
+def trained(teacher, out, *flags, ranks=1, steps=3, batch_size=2):
     """Distil with two videos in each batch, by one process or shared by two ranks."""
-    flags = ["--sample-every", 100, *flags]
     if ranks == 1:
-        assert distill(teacher, out, *flags, steps=steps, **options) == 0
+        assert distill(teacher, out, "--sample-every", 100, *flags, steps=steps,
+                       batch_size=batch_size) == 0
     else:
-        result = torchrun("train.py", "distill", "--model", teacher, "--out", out, "--batch-size",
-                          1, "--steps", steps, "--device", "cpu", *flags)
+        result = on_two_ranks(teacher, out, *flags, steps=steps)
         assert result.returncode == 0, result.stderr
     return out
 
@@ -67,7 +72,7 @@ def first(whole, tmp_path):
     return copies
 
 
-def test_two_ranks_have_one_processs_gradients(first):
+def test_two_ranks_have_one_processs_gradients_and_go_its_way(first, whole, toy_folder):
     """Adam's first moment after one update is the gradient, but for a factor."""
     one, two = (saved(first[ranks]) for ranks in (1, 2))
     zero = {name: torch.zeros_like(t) for name, t in one.items()}
@@ -78,9 +83,6 @@ def test_two_ranks_have_one_processs_gradients(first):
     logs = [read_lines(first[ranks] / "metrics.jsonl")[0] for ranks in (1, 2)]
     for name in ("loss", "dmd", "reg", "critic", "student_grad_norm", "variance"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
-
-
-def test_two_ranks_go_one_processs_way(whole, toy_folder):
     assert agree(whole[1], whole[2], toy_folder)
 
 
@@ -226,7 +228,7 @@ def test_an_adapter_is_diffusers_and_merges_into_its_model(tmp_path):
 # --- what must not go wrong with several ranks -----------------------------------------------
 
 def test_saves_in_the_background_keep_out_of_the_loops_way(toy_folder, tmp_path):
-    """Writing takes longer than a step, and on each rank another time."""
+    """Writing takes longer than a step, and takes each rank another time."""
     (tmp_path / "slow.py").write_text("""
 import sys, time, train
 from pathlib import Path
@@ -246,9 +248,8 @@ def seen(metrics):
 run.all_reduce_mean = seen
 sys.exit(train.main(sys.argv[1:]))
 """)
-    result = torchrun(tmp_path / "slow.py", "distill", "--model", toy_folder, "--out", "run",
-                      "--batch-size", 1, "--steps", 12, "--device", "cpu", "--sample-every", 100,
-                      "--save-every", 2, "--critic-updates", 1, cwd=tmp_path)
+    result = on_two_ranks(toy_folder, "run", "--save-every", 2, "--critic-updates", 1, steps=12,
+                          script="slow.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert list_checkpoints(tmp_path / "run")[-1].name == "000012"
     seen = [line.split()[1:] for line in result.stdout.splitlines() if "checkpoints:" in line]
@@ -260,8 +261,7 @@ def test_ranks_that_see_other_folders_are_told_at_once(toy_folder, tmp_path):
 import os, sys, train
 sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv[1:]]))
 """)
-    result = torchrun(tmp_path / "apart.py", "distill", "--model", toy_folder, "--out",
-                      tmp_path / "run-RANK", "--batch-size", 1, "--steps", 2, "--device", "cpu")
+    result = on_two_ranks(toy_folder, "run-RANK", script="apart.py", cwd=tmp_path)
     assert result.returncode
     assert result.stderr.count("must be a folder that all nodes share") == 2
 
@@ -281,10 +281,8 @@ run.all_reduce_mean = dying
 sys.exit(train.main(sys.argv[1:]))
 """)
     began = time.perf_counter()
-    result = torchrun(
-        "--max-restarts", 1, tmp_path / "die.py", "distill", "--model", toy_folder, "--out",
-        tmp_path / "run", "--batch-size", 1, "--steps", 3, "--device", "cpu", "--sample-every", 100,
-        *EACH_STEP)
+    result = on_two_ranks(toy_folder, "run", *EACH_STEP, script="die.py", cwd=tmp_path,
+                          launcher=["--max-restarts", 1])
     assert result.returncode == 0 and time.perf_counter() - began < 90, result.stderr
     assert result.stderr.count("error: the connection to another rank broke") == 1
     assert "failed (exitcode: -9) local_rank: 1" in result.stderr
@@ -331,9 +329,7 @@ def seen(self, *args):
 run.Run.log = seen
 sys.exit(train.main(sys.argv[1:]))
 """)
-    result = torchrun(tmp_path / "nan.py", "distill", "--model", toy_folder, "--out", "run",
-                      "--batch-size", 1, "--steps", 3, "--device", "cpu", "--sample-every", 100,
-                      cwd=tmp_path)
+    result = on_two_ranks(toy_folder, "run", script="nan.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line.get("skipped") for line in lines] == [None, 1, None]

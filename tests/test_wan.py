@@ -80,18 +80,19 @@ def test_velocity_and_gradients_are_diffusers_from_every_layout(theirs, tmp_path
                 assert error <= 1e-4 * grads[name].abs().max() + 1e-6, name
 
 
-def test_bf16_is_within_bf16s_own_error(tmp_path):
+def test_bf16_is_within_bf16s_own_error_from_files_of_either_dtype(tmp_path):
     theirs = miniature_wan.transformer(**SIZES["wide"])
-    theirs.save_pretrained(tmp_path)
-    rough = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    ours = WanModel.from_pretrained(tmp_path, torch.bfloat16)
-    ratios = []
-    for shape in SHAPES:
-        x, t, text = batch(*shape)
-        exact = velocity(theirs, x, t, text)
-        own = (velocity(rough, x.bfloat16(), t, text.bfloat16()).float() - exact).square().mean()
-        ratios.append(((ours(x, t, text) - exact).square().mean() / own).sqrt())
-    assert max(ratios) < 1.5 and sum(ratios) / len(ratios) < 1.1  # diffusers' own is 1
+    theirs.save_pretrained(tmp_path / "exact")
+    rough = WanTransformer3DModel.from_pretrained(tmp_path / "exact", torch_dtype=torch.bfloat16)
+    rough.save_pretrained(tmp_path / "rough")
+    for folder in ("exact", "rough"):
+        ours, ratios = WanModel.from_pretrained(tmp_path / folder, torch.bfloat16), []
+        for shape in SHAPES:
+            x, t, text = batch(*shape)
+            exact = velocity(theirs, x, t, text)
+            own = velocity(rough, x.bfloat16(), t, text.bfloat16()).float() - exact
+            ratios.append((ours(x, t, text) - exact).norm() / own.norm())
+        assert max(ratios) < 1.5 and sum(ratios) / len(ratios) < 1.1  # diffusers' own is 1
 
 
 @pytest.mark.parametrize("layout", checkpoint.LAYOUTS)
@@ -173,16 +174,6 @@ def test_only_stale_shards_go_and_a_folder_left_half_way_is_refused(tmp_path, mo
         random_model(ours.config, seed=1).save_pretrained(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)):
         WanModel.from_pretrained(tmp_path)
-
-
-def test_a_bf16_folder_of_diffusers_runs_as_it_is(tmp_path):
-    theirs = miniature_wan.transformer()
-    theirs.save_pretrained(tmp_path / "a")
-    rough = WanTransformer3DModel.from_pretrained(tmp_path / "a", torch_dtype=torch.bfloat16)
-    rough.save_pretrained(tmp_path / "b")
-    x, t, text = batch(*SHAPES[1])
-    error = WanModel.from_pretrained(tmp_path / "b")(x, t, text) - velocity(theirs, x, t, text)
-    assert error.abs().max() < 0.1
 
 
 def test_bf16_keeps_in_float32_what_diffusers_keeps():

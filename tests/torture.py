@@ -5,7 +5,7 @@
 
 A run that is killed with -9 at random moments, also while it saves, must end bit for bit like one
 that nobody touched. A damaged file must end its reader with code 0, or with code 2 and one line
-that names the file. Runs and readers are forks, so this is for Linux only.
+that names the file, its folder or the value. Runs and readers are forks, so Linux only.
 """
 
 import errno
@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train
-from runtime import cli, lora
+from runtime import cli
 from runtime.checkpoints import list_checkpoints
 from tests.bad_input import READERS
 from tests.helpers import MAKERS, Inputs, write_clips
 from tiny_wan import checkpoint
-from tiny_wan.checkpoint import FILE
 from tools import encode
 
 LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
@@ -263,98 +262,74 @@ def fill_disk():
 # ---------------------------------------------------------------------------------------------
 
 
-def damaged_bytes(content, rng):
-    """Cut, flip, overwrite or replace bytes."""
-    content, size = bytearray(content), max(1, len(content))
-    way = rng.randrange(8)
-    if way == 0:
-        return content[:rng.randrange(size)]
-    if way == 1:
-        for _ in range(rng.choice((1, 8, 64))):
-            content[rng.randrange(size)] ^= 1 << rng.randrange(8)
-        return content
-    if way == 2:  # where headers are
-        for _ in range(rng.choice((1, 8))):
-            content[rng.randrange(min(size, 256))] = rng.randrange(256)
-        return content
-    if way == 3:
-        start = rng.randrange(size)
-        content[start:start + rng.randrange(1, 4096)] = bytes(rng.randrange(1, 4096))
-        return content
-    if way == 4:
-        return content + bytes(rng.randrange(1, 4096))
-    if way == 5:
-        return rng.randbytes(rng.randrange(4096))
-    if way == 6:
-        return bytes(rng.choice((0, 1, 8, 100)))
-    start, end = sorted(rng.randrange(size) for _ in range(2))
-    return content[:start] + content[end:]
+def damage_bytes(content, rng):
+    """Cut, overwrite, lengthen, shorten, replace or flip bytes."""
+    start, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    run = bytes([rng.choice((0, 255))]) * rng.randrange(1, 4096)  # 255s make a float NaN
+    return rng.choice((
+        lambda: content[:start],
+        lambda: content[:start] + run + content[start + len(run):],
+        lambda: content + run,
+        lambda: content[:start] + content[end:],
+        lambda: rng.randbytes(rng.randrange(4096)),
+        lambda: bytes(rng.choice((0, 1, 8, 100))),
+        lambda: flip_bits(content, len(content), rng),
+        lambda: flip_bits(content, min(len(content), 256), rng)))()  # where headers are
 
 
-def damaged_safetensors(content, rng):
-    """Headers that promise too much, wrong types and shapes, and numbers that are not finite."""
-    way = rng.randrange(8)
-    if way < 2:
-        return damaged_bytes(content, rng)
-    if way == 2:
-        return rng.choice((2**63, 2**40, 99_000_000, 3)).to_bytes(8, "little") + content[8:]
-    length = int.from_bytes(content[:8], "little")
-    header, body = json.loads(content[8:8 + length]), content[8 + length:]
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    if way == 3:
-        header[name]["dtype"] = rng.choice(
-            ("F16", "BF16", "F64", "I16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "X"))
-    elif way == 4:
-        header[name]["shape"] = rng.choice(([], [0], [2**62, 4], [-1], "x", [1.5], [2**31] * 3,
-                                              [*header[name]["shape"][:-1], 0]))
-    elif way == 5:
-        header[name]["data_offsets"] = rng.choice(([0, 2**62], [-4, 0], [8, 0], [0], "x"))
-    elif way == 6:
-        if rng.random() < 0.5:
-            header[rng.choice(("", "x" * 100_000, "../x"))] = header.pop(name)
-        else:
-            metadata = header.setdefault("__metadata__", {})
-            metadata[rng.choice((*metadata, "avd", "prompts"))] = rng.choice((
-                "{", "[" * 100_000, '{"k": "x"}', '{"timesteps": []}', '{"lr": 1e999}', "null", ""))
-    else:
-        start, end = header[name]["data_offsets"]
-        number = rng.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff"))
-        body = body[:start] + (number * (end - start))[:end - start] + body[end:]
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
+def flip_bits(content, size, rng):
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 8, 64)) if size else 0):
+        content[rng.randrange(size)] ^= 1 << rng.randrange(8)
+    return bytes(content)
 
 
 ODD = (None, -1, 0, 1, 2**70, 1e308, "", "x", "../../etc/passwd", "\0", "\ud800", [], {}, [[]],
-       True, "x" * 100_000, [0] * 1000, {"a": {"b": []}})
+       True, "x" * 100_000, [0] * 1000, {"a": {"b": []}},
+       "F16", "I32", "I64", "BOOL", "F8_E4M3", [0], [-1], [1.5], [2**62, 4], [8, 0],
+       "{", "[" * 100_000, '{"k": "x"}', '{"timesteps": []}', '{"lr": 1e999}', "null")
 
 
-def damaged_json(content, rng):
-    """Replace a value at any place, or damage the text itself."""
+def damage_json(content, rng):
+    """Replace, delete or rename a value at any depth, or damage the text."""
+    if rng.random() < 0.3:
+        return rng.choice((
+            b"[" * 200_000, b"null", b"3", b'"x"', b"[]", b"{}", b"NaN", b"", b"\xff\xfe",
+            b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"),
+            damage_bytes(content, rng)))
+    value = here = json.loads(content)
+    while isinstance(here, (dict, list)) and here:
+        holder, key = here, rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
+        here = here[key]
+        if rng.random() < 0.2:
+            break
     way = rng.randrange(6)
     if way == 0:
-        return damaged_bytes(content, rng)
-    if way == 1:
-        return rng.choice((b"[" * 200_000, b"null", b"3", b'"x"', b"[]", b"{}", b"NaN", b"",
-                           b"\xff\xfe", b"\xef\xbb\xbf" + content,
-                           content.decode().encode("utf-16")))
-    value = json.loads(content)
-    here, parents = value, []
-    while isinstance(here, (dict, list)) and here and (not parents or rng.random() < 0.8):
-        key = rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
-        parents.append((here, key))
-        here = here[key]
-    holder, key = parents[-1]
-    if way == 2:
         del holder[key]
+    elif way == 1 and isinstance(holder, dict):
+        holder[rng.choice(("", "x" * 100_000, "../x"))] = holder.pop(key)
     else:
         holder[key] = rng.choice(ODD)
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
-def damaged_text(content, rng):
+def damage_safetensors(content, rng):
+    """Damage the header, which is JSON, or its length, or any bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header, body = content[8:8 + size], content[8 + size:]
+    way = rng.randrange(8)
+    if way < 2:
+        return damage_bytes(content, rng)
+    if way == 2:
+        return rng.choice((2**63, 2**40, 99_000_000, 3)).to_bytes(8, "little") + header + body
+    header = damage_json(header, rng)
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def damage_text(content, rng):
     """Prompts and captions as people paste them, and as nobody would."""
     return rng.choice((
-        lambda: damaged_bytes(content, rng),
+        lambda: damage_bytes(content, rng),
         lambda: b"x" * 10_000_000,
         lambda: b"a ball\n" * 3 + rng.randbytes(1000),
         lambda: content.decode().encode("utf-16"),
@@ -362,108 +337,67 @@ def damaged_text(content, rng):
         lambda: "\n".join(["../../../tmp/x", "/etc/passwd", "-rf", "a/b\\c", "\u202e.mp4", "..",
                            "x" * 500, "\U0001f408" * 200, "CON", ".", "a\tb\x07c", "a  ball",
                            "a ball"]).encode(),
-        lambda: b"\n\n \n", lambda: b"\0" * 1000, lambda: content * 50))()
+        lambda: b"\n\n \n", lambda: b"\0" * 1000, lambda: content * 10, lambda: b'"' * 1001))()
 
 
-def damaged_lines(content, rng):
-    """Damage one line of a file of captions, in .jsonl or .csv."""
+def damage_lines(content, rng):
+    """Damage one line of a .jsonl or .csv file."""
     lines = content.splitlines()
     at = rng.randrange(len(lines))
-    if rng.random() < 0.5:
-        lines[at] = damaged_text(lines[at], rng)
-    else:
-        lines[at] = rng.choice((
-            b'{"video": "../../etc/passwd", "caption": "x"}', b'{"video": 3, "caption": 4}', b"[]",
-            b'{"video": "00.mp4"}', b'{"video": "00.mp4", "caption": null}', b'"' * 1001, b",,,,",
-            b'{"video": "/etc/passwd", "caption": "x"}', lines[0], b"[" * 100_000,
-            b'{"video": "\\u0000", "caption": "\\ud800"}',
-            b'{"video": "' + b"x" * 5000 + b'", "caption": "y"}'))
+    is_json = lines[at].startswith(b"{") and rng.random() < 0.7
+    lines[at] = (damage_json if is_json else damage_text)(lines[at], rng)
     return b"\n".join(lines)
 
 
-CHECKPOINT, CLIPS = "run/checkpoints/000001", r"skipped\.jsonl"
-FILES = {
-    # what: (reader, file, damage, what a complaint may name in place of the file)
-    "weights": ("sample", f"toy/{FILE}", damaged_safetensors),
-    "weights to train": ("distill", f"toy/{FILE}", damaged_safetensors),
-    "weights to export": ("export", f"toy/{FILE}", damaged_safetensors),
-    "weights' index": ("sample shards", f"sharded/{FILE}.index.json", damaged_json,
-                       "sharded: tensor"),
-    "config.json": ("sample", "toy/config.json", damaged_json, "num_heads|text_len"),
-    "interpolator": ("sample", "toy/interpolator.safetensors", damaged_safetensors),
-    "adapter": ("merge", f"adapter/{lora.FILE}", damaged_safetensors),
-    "shard": ("distill shards", "shards/shard-0.safetensors", damaged_safetensors),
-    "null text": ("distill shards", "shards/null_text.safetensors", damaged_safetensors,
-                  r"shard-0\.safetensors"),
-    "index": ("distill shards", "shards/index.json", damaged_json, "shards"),
-    "checkpoint": ("resume", f"{CHECKPOINT}/*.safetensors", damaged_bytes),
-    "state": ("resume", f"{CHECKPOINT}/state.json", damaged_json),
-    "checksums": ("resume", f"{CHECKPOINT}/checksums-0.json", damaged_json, "000001"),
-    "metrics": ("resume", "run/metrics.jsonl", damaged_bytes),
-    "times": ("resume", "run/times.jsonl", damaged_bytes),
-    "prompts": ("sample prompts", "prompts.txt", damaged_text, "prompt ['\"]"),
-    "prompts to encode": ("encode prompts", "prompts.txt", damaged_text),
-    "captions.jsonl": ("encode jsonl", "captions.jsonl", damaged_lines, CLIPS),
-    "captions.csv": ("encode csv", "captions.csv", damaged_lines, CLIPS),
-    "caption": ("encode", "clips/00.txt", damaged_text),
-    "video": ("encode", "clips/00.mp4", damaged_bytes),
-    "encoded shard": ("encode more", "encoded/shard-*.safetensors", damaged_safetensors,
-                      "of its samples"),
-    "Wan's config.json": ("sample diffusers", "diffusers/transformer/config.json", damaged_json,
-                          "num_heads|text_len|has no place"),
-    "Wan's tokenizer": ("sample diffusers", "diffusers/tokenizer/tokenizer.json", damaged_json,
-                        "diffusers/tokenizer"),
-    "Wan's VAE": ("sample diffusers", f"diffusers/vae/{FILE}", damaged_safetensors,
-                  "diffusers/vae"),
-    "Wan's VAE.pth": ("sample original", "original/*VAE.pth", damaged_bytes),
-    "Wan's text encoder": ("sample original", "original/*t5*.pth", damaged_bytes),
-}
+DAMAGES = {".safetensors": damage_safetensors, ".json": damage_json, ".jsonl": damage_lines,
+           ".csv": damage_lines, ".txt": damage_text}
+# What a complaint may name in place of the damaged file and its folders.
+VALUES = r"num_heads|text_len|prompt ['\"]|skipped\.jsonl"
 
 
 def damage_files(args, inputs):
-    """Read `args.files` damaged files, as many of each kind: what went wrong."""
-    outcomes, failures, worst = {kind: Counter() for kind in FILES}, [], 0
+    """Read `args.files` damaged files: what went wrong."""
+    outcomes, failures, worst = defaultdict(Counter), [], 0
     numbers, running = iter(tqdm(range(args.files), "files")), deque()
     while True:
         while len(running) < args.workers and (number := next(numbers, None)) is not None:
             running.append(start_reading(args.seed, number, inputs))
         if not running:
             break
-        kind, folder, file, began, pid = running.popleft()
+        reader, folder, file, began, pid = running.popleft()
         code, peak = wait(pid, began + LIMIT_SECONDS - time.monotonic())
         said = (folder / "log").read_text(errors="replace")
-        problem = judge(kind, file, code, peak, said)
+        problem = judge(file.relative_to(folder), code, peak, said)
         if problem:
-            failures.append(f"{kind}, {folder.name}: {problem}: {said[-1500:]}")
-        outcomes[kind][problem or f"code {code}"] += 1
+            failures.append(f"{reader}, {file}: {problem}: {said[-1500:]}")
+        outcomes[reader][problem or f"code {code}"] += 1
         worst = max(worst, peak)
         shutil.rmtree(folder)
-    for kind, counts in outcomes.items():
-        print(f"{kind}: " + ", ".join(f"{n} x {outcome}" for outcome, n in counts.items()))
+    for reader, counts in outcomes.items():
+        print(f"{reader}: " + ", ".join(f"{n} x {outcome}" for outcome, n in counts.items()))
     print(f"{args.files} damaged files, at most {worst / 1e6:.0f} MB")
     return failures
 
 
 def start_reading(seed, number, inputs):
-    """Start the reader of a damaged file in a folder of its own."""
-    kind = list(FILES)[number % len(FILES)]
-    reader, pattern, damage, *_ = FILES[kind]
+    """Start a reader in a folder of its own, where one of its files is damaged."""
+    rng, readers = random.Random(f"{seed} {number}"), [r for r in READERS if READERS[r].reads]
+    reader = readers[number % len(readers)]
     folder = Path(f"file-{number}").resolve()
     folder.mkdir()
     argv = READERS[reader].prepare(inputs, folder)
-    file, *_ = folder.glob(pattern)
-    file.write_bytes(damage(file.read_bytes(), random.Random(f"{seed} {number}")))
+    file = rng.choice(sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size))
+    file.write_bytes(DAMAGES.get(file.suffix, damage_bytes)(file.read_bytes(), rng))
 
     def read(argv):
         os.chdir(folder)
         return READERS[reader].program(argv)
 
-    return kind, folder, file.name, time.monotonic(), fork(read, argv, folder / "log")
+    return reader, folder, file, time.monotonic(), fork(read, argv, folder / "log")
 
 
-def judge(kind, file, code, peak, said):
+def judge(file, code, peak, said):
     """What is wrong with the way in which a reader ended, or None."""
-    instead = "|".join(FILES[kind][3:]) or "^$"
     errors = [line for line in re.split("[\r\n]", said) if "error: " in line]
     if "Traceback" in said:
         return "traceback"
@@ -475,7 +409,8 @@ def judge(kind, file, code, peak, said):
         return "memory"
     if code == 2 and len(errors) != 1:
         return "no line"
-    if code == 2 and file not in errors[0] and not re.search(instead, errors[0]):
+    if code == 2 and not any(part in errors[0] for part in file.parts) and not re.search(
+            VALUES, errors[0]):
         return "no name"
     return None
 
