@@ -1,8 +1,8 @@
-"""What the programs read, and what may be wrong with it.
+"""What the programs read, and what can be wrong with it.
 
-READERS are the programs that read each kind of file or flag. BAD_INPUT breaks one thing at a time
-for them. test_bad_input.py checks that each ends in one line that names what is wrong, and
-torture.py feeds the same readers thousands of randomly damaged files.
+READERS are the programs with the flags and files that they read. BAD_INPUT breaks one thing at a
+time. test_bad_input.py checks that the reader then ends in one line that names what is wrong;
+torture.py gives the same readers thousands of randomly damaged files.
 """
 
 import json
@@ -167,7 +167,7 @@ BAD_INPUT = {
         ("--steps 'x'", "--steps x"),
         ("--steps 0", "--teacher --steps 0"),
         *((INTERPOLATOR, write(INTERPOLATOR, content)) for content in (
-            b"", b'{"dim": 32}', save({"patch_embedding.weight": torch.ones(32, 12, 1, 2, 2)}),
+            b"", save({"patch_embedding.weight": torch.ones(32, 12, 1, 2, 2)}),
             save({"enter.0.weight": torch.zeros(10_000, 24, 1, 1)}),  # a network of 50 GB
             save(FrameInterpolator(16, width=8).state_dict()))),
         (INTERPOLATOR, edit_tensors(INTERPOLATOR, {"out.bias": torch.full((13,), INF)})),
@@ -180,7 +180,6 @@ BAD_INPUT = {
     ],
     "sample diffusers": [
         ("diffusers", delete("diffusers/transformer")),
-        (WAN, delete(WAN)),
         (f"{WAN} safetensors", cut(WAN, -9)),
         (f"{WAN} '{HEAD}' 'odd'", edit_tensors(WAN, {HEAD: None, "odd": torch.zeros(64)})),
         (f"{WAN} '{HEAD}' [3] [64]", edit_tensors(WAN, {HEAD: torch.zeros(3)})),
@@ -193,10 +192,7 @@ BAD_INPUT = {
         (f"{CONFIG} num_layers 3 2", edit_json(CONFIG, num_layers=3)),
         (f"{WAN} blocks.1.", edit_json(CONFIG, num_layers=1)),
         ("diffusers num_heads 7 48", edit_json(CONFIG, num_attention_heads=7)),
-        (f"{CONFIG} num_layers 'two'", edit_json(CONFIG, num_layers="two")),
         (f"{CONFIG} JSON", write(CONFIG, b"{")),
-        (f"{CONFIG} JSON", write(CONFIG, b"[]")),
-        (f"{CONFIG} Flux", edit_json(CONFIG, _class_name="Flux")),
         (f"{CONFIG} i2v", edit_json(CONFIG, _class_name="WanModel", model_type="i2v")),
         ("diffusers 48 channels", lambda: miniature_wan.transformer(
             in_channels=48, out_channels=48).save_pretrained("diffusers/transformer")),
@@ -209,8 +205,6 @@ BAD_INPUT = {
         (f"diffusers/vae '{CONV}'", edit_tensors(VAE, {CONV: None})),
         (f"diffusers/vae '{CONV}' finite", edit_tensors(VAE, {CONV: torch.full((16,), INF)})),
         ("frames 80 77 81", "--frames 80"),
-        ("frames 0 1", "--frames 0"),
-        ("height 100 96 112", "--height 100"),
         ("width 8 16", "--width 8"),
         ("frames 13 9 17", "--frames 13", lambda: FrameInterpolator(16, width=8).save_pretrained(
             Path("diffusers/interpolator.safetensors"))),
@@ -219,7 +213,6 @@ BAD_INPUT = {
         ("original VAE --codec", delete(VAE_PTH)),
         ("original tokenizer", delete("original/google")),
         (VAE_PTH, cut(VAE_PTH)),
-        (VAE_PTH, lambda: torch.save({"a": torch.zeros(1)}, VAE_PTH)),
         (VAE_PTH, lambda: torch.save({"a": json.JSONDecoder}, VAE_PTH)),
         (T5, cut(T5)),
         (TOKENIZER, cut(f"{TOKENIZER}/tokenizer.json")),
@@ -266,7 +259,6 @@ BAD_INPUT = {
         (f"{INDEX} '../x'", replace(INDEX, "shard-1.safetensors", "../x")),
         (f"{INDEX} 7", replace(INDEX, '"shard-1.safetensors"', "7")),
         ("xxx.safetensors", replace(INDEX, "shard-1", "x" * 5000)),
-        (SHARD, replace(INDEX, '"count": 3', '"count": 2')),
         (SHARD, replace(INDEX, '"count": 3', f'"count": {2**70}')),
         (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 5, 4, 4])),
         (NULL_TEXT, write(NULL_TEXT, b"")),
@@ -274,7 +266,6 @@ BAD_INPUT = {
             NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),
         (NULL_TEXT, write(NULL_TEXT, save({"x": torch.zeros(1)}))),
         (NULL_TEXT, write(NULL_TEXT, save({"null_text": torch.zeros(1, 2)}))),
-        (SHARD, write(SHARD, b"x" * 99)),
         (SHARD, edit_tensors(SHARD, {"latents": None})),
         (f"{SHARD} finite", edit_tensors(
             SHARD, {"latents": torch.full((3, 12, 5, 4, 4), NAN)})),
@@ -282,9 +273,7 @@ BAD_INPUT = {
     ],
     "resume": [
         ("k 3.0 7.0", "--k 7"),
-        (CHECKPOINT, delete(f"{CHECKPOINT}/*.safetensors")),
         (CHECKPOINT, cut(f"{CHECKPOINT}/*.safetensors")),
-        (CHECKPOINT, write(STATE, b"{")),
         (CHECKPOINT, edit_json(STATE, step=0)),
         (CHECKPOINT, write(SUMS, b"[1, 2]")),
         (CHECKPOINT, write(SUMS, b'{"../../metrics.jsonl": "0"}')),
@@ -308,7 +297,6 @@ BAD_INPUT = {
         ("captions.jsonl 1", write("captions.jsonl", b"{bad\n")),
     ],
     "encode csv": [
-        ("captions.csv 1", write("captions.csv", b"file,text\na,b\n")),
         ("captions.csv UTF-8", write("captions.csv", b"\xff\xfe\x00")),
         ("captions.csv 1", write("captions.csv", b'video,caption\nx,"' + 140_000 * b"x" + b'"\n')),
         ("captions.csv 'x'", write("captions.csv", b"video,caption\nx,a\nx,b\n")),
@@ -322,7 +310,6 @@ BAD_INPUT = {
         ("toy/wan.safetensors", "--out toy/wan.safetensors --layout comfyui"),
     ],
     "export diffusers": [
-        ("diffusers", "--out diffusers"),
         ("diffusers/transformer", "--out diffusers/transformer --layout original"),
         ("diffusers", f"--model {WAN} --out diffusers"),
     ],

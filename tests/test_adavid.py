@@ -362,11 +362,6 @@ def test_student_losses_add_up_to_equation_9():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
-def test_without_regression_nothing_is_regressed():
-    _, parts, _ = student_losses(lambda_reg=0.0)
-    assert "reg" not in parts
-
-
 # --- configuration -----------------------------------------------------------------------------
 
 def test_config_has_the_papers_values():

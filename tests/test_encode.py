@@ -1,4 +1,4 @@
-"""From video files and captions to shards, and what is drawn from them."""
+"""tools.encode, from videos and captions to shards, and what training draws from them."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def rows(out):
     return found
 
 
-def test_what_can_be_used_is_encoded_and_the_rest_has_reasons(shards):
+def test_usable_videos_are_encoded_and_the_others_are_listed_with_reasons(shards):
     assert sorted(rows(shards)) == sorted(
         ["-odd name: 100%.mp4", "more/ok-6.mp4", *(f"ok-{i}.mp4" for i in range(6))])
     skipped = {e["video"]: e["reason"] for e in read_lines(shards / "skipped.jsonl")}
@@ -94,7 +94,7 @@ def test_what_can_be_used_is_encoded_and_the_rest_has_reasons(shards):
                for n in ("cut.mp4", "cut-2.mp4", "empty.mp4", "text.mp4"))
 
 
-def test_latents_and_embeddings_are_the_codecs_own(wan, clips, shards):
+def test_shards_hold_the_codecs_latents_and_embeddings(wan, clips, shards):
     wan_codec, found = WanCodec(wan), rows(shards)
     video = torch.from_numpy(iio.imread(clips / "ok-0.mp4")).permute(3, 0, 1, 2)[None] / 255
     caption, latents, text = found["ok-0.mp4"]
@@ -107,7 +107,8 @@ def test_latents_and_embeddings_are_the_codecs_own(wan, clips, shards):
     torch.testing.assert_close(null_text, wan_codec.encode_text([WanCodec.negative_prompt]))
 
 
-def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_loses_nothing_and_repeats_nothing(
+        wan, clips, shards, tmp_path, monkeypatch, capsys):
     reads, read = [], encode.read_video
 
     def stops(file, *size):
@@ -133,7 +134,7 @@ def test_nothing_is_redone_and_nothing_lost(wan, clips, shards, tmp_path, monkey
     assert len(reads) == before and "8 encoded" in capsys.readouterr().out
 
 
-def test_what_a_kill_leaves_behind_is_done_again(wan, clips, shards, tmp_path):
+def test_what_a_kill_leaves_half_written_is_encoded_again(wan, clips, shards, tmp_path):
     (tmp_path / "shard-000-00000.safetensors.part").write_bytes(b"half a shard")
     (tmp_path / "broken-000.jsonl").write_text('{"video": "ok-0.mp4", "rea')
     assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
@@ -141,7 +142,7 @@ def test_what_a_kill_leaves_behind_is_done_again(wan, clips, shards, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_too_short_for_one_length_is_tried_at_another(wan, clips, tmp_path, capsys):
+def test_a_video_too_short_for_one_length_is_tried_at_another(wan, clips, tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     for name in ("ok-0.mp4", "ok-0.txt"):  # links, as the hub's cache has them
         (tmp_path / "clips" / name).symlink_to(clips / name)
@@ -166,7 +167,7 @@ def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
     assert rows(tmp_path).keys() == rows(shards).keys() and len(Shards(tmp_path, 0).items) == 8
 
 
-def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, capsys):
+def test_captions_come_from_a_file_without_a_benchmarks_prompts(wan, clips, tmp_path, capsys):
     entries = {"ok-0.mp4": "A cat walks on green grass, slowly", "ok-3.mp4": "a boat",
                "../ok.mp4": "outside", "gone.mp4": "gone", "more/ok-6.mp4": "a red bird",
                "x" * 5000: "a name that no disk can have", "ok-1.mp4": "no end " * 2000}
@@ -186,7 +187,7 @@ def test_captions_from_a_file_and_benchmarks_kept_out(wan, clips, tmp_path, caps
         assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}
 
 
-def test_prompts_are_compared_without_what_surrounds_their_words():
+def test_prompts_are_compared_without_case_and_punctuation():
     assert encode.plain("  “A boat…”\n sails! ") == "a boat…” sails"
     long = "a" + "." * 10**6 + "b"  # in linear time
     assert encode.plain(long + "?") == long and encode.plain("?!") == ""
@@ -241,7 +242,7 @@ def test_training_never_holds_a_text_encoder_and_the_vae_only_for_pictures(
                for line in read_lines(tmp_path / "times.jsonl")[1:])
 
 
-def test_a_vae_that_fails_costs_pictures_and_no_run(wan, shards, tmp_path, monkeypatch, capsys):
+def test_a_vae_that_fails_costs_only_the_pictures(wan, shards, tmp_path, monkeypatch, capsys):
     broken = shutil.copytree(wan, tmp_path / "broken")
     [vae] = (broken / "vae").glob("*.safetensors")
     vae.write_bytes(vae.read_bytes()[:-1000])

@@ -44,7 +44,7 @@ def test_frame_stride_changes_the_answer_only_where_there_are_several_frames():
     assert torch.equal(model(still, t, text), model(still, t, text, frame_stride=2))
 
 
-def test_inference_first_does_not_spoil_training_later():
+def test_training_works_after_inference():
     x, t, text = inputs(h=8)
     with torch.inference_mode():
         random_model()(x, t, text)
@@ -87,7 +87,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     assert rough.blocks[0].modulation.dtype == rough.time_embedding[0].weight.dtype == torch.float32
 
 
-def test_a_published_config_and_a_bare_file_need_no_more_than_the_shapes(tmp_path):
+def test_shapes_supply_what_a_published_config_and_a_bare_file_lack(tmp_path):
     config = replace(SMALL, dim=256, num_heads=2, text_len=512)
     model = helpers.random_model(config)
     model.save_pretrained(tmp_path)

@@ -36,7 +36,7 @@ def folder(request, inputs):
 
 @pytest.fixture(scope="module")
 def wan(inputs):
-    """One for what does not depend on the layout."""
+    """A miniature in one layout, where the layout does not matter."""
     return inputs["original"]
 
 
@@ -60,7 +60,7 @@ def theirs(pipe, prompt=PROMPT, negative=WanCodec.negative_prompt, seed=0, **opt
                 generator=torch.Generator().manual_seed(seed), output_type="latent").frames
 
 
-def test_the_teacher_is_diffusers_pipeline(pipe, folder, tmp_path):
+def test_the_teacher_samples_like_diffusers_pipeline(pipe, folder, tmp_path):
     teacher = [PROMPT, "--teacher", "--model", folder]
     ours = latents(tmp_path, *teacher, *SIZE, "--seed", "3")
     assert (ours - theirs(pipe, seed=3)).abs().max() <= 2e-3  # all 50 steps of both
@@ -90,10 +90,10 @@ def test_prompts_are_encoded_as_diffusers_does(pipe, folder):
                                max_sequence_length=512)[0]
     assert ours.shape == other.shape == (5, 512, 32)
     torch.testing.assert_close(ours, other, atol=1e-5, rtol=0)
-    assert (ours[1, 1:] == 0).all() and ours[1, 0].any()  # the empty prompt has its end alone
+    assert (ours[1, 1:] == 0).all() and ours[1, 0].any()  # the empty prompt is only an end token
 
 
-def test_the_text_encoder_is_gone_once_it_has_spoken(wan, monkeypatch):
+def test_the_text_encoder_leaves_memory_after_use(wan, monkeypatch):
     encoders, load = [], codec_module.load_text_encoder
     def remembered(*args):
         encoder = load(*args)
@@ -104,7 +104,7 @@ def test_the_text_encoder_is_gone_once_it_has_spoken(wan, monkeypatch):
     assert len(encoders) == 1 and encoders[0]() is None
 
 
-def test_encode_and_decode_are_diffusers(pipe, folder):
+def test_videos_are_encoded_and_decoded_as_diffusers_does(pipe, folder):
     codec = open_codec(folder, WanConfig.from_pretrained(folder))
     video = torch.rand(2, 3, 9, 64, 48, generator=torch.Generator().manual_seed(0))
     ours = codec.encode(video)
@@ -119,7 +119,7 @@ def test_encode_and_decode_are_diffusers(pipe, folder):
     torch.testing.assert_close(codec.decode(ours), decoded, atol=1e-5, rtol=0)
 
 
-def test_tiles_leave_the_picture_its_size(wan):
+def test_tiled_decoding_keeps_the_pictures_size(wan):
     codecs = [open_codec(wan, WanConfig.from_pretrained(wan), tiling=t) for t in (False, True)]
     x = torch.randn(1, 16, 1, 34, 34, generator=torch.Generator().manual_seed(0))
     whole, tiles = (codec.decode(x) for codec in codecs)
@@ -127,14 +127,14 @@ def test_tiles_leave_the_picture_its_size(wan):
     assert not torch.equal(whole, tiles)
 
 
-def test_bf16_lives_in_the_transformer(wan, tmp_path):
+def test_bf16_samples_nearly_as_float32_does(wan, tmp_path):
     args = [PROMPT, "--teacher", "--model", wan, *SIZE, "--steps", "3"]
     exact = latents(tmp_path, *args)
     rough = latents(tmp_path, *args, "--dtype", "bfloat16")
     assert 0 < (rough - exact).square().mean().sqrt() < 0.1 * exact.std()
 
 
-def test_compiled_blocks_say_the_same(wan, tmp_path, monkeypatch):
+def test_compiled_blocks_give_the_same_video(wan, tmp_path, monkeypatch):
     compiled = []
 
     def without_inductor(block):  # which takes a minute to start
@@ -181,7 +181,7 @@ def test_exports_in_every_layout_sample_like_the_student(student, wan, tmp_path)
     assert (wanted - full).abs().max() > 0.1
 
 
-def test_export_keeps_what_is_known_and_can_shorten_the_weights(student, tmp_path):
+def test_export_keeps_the_numbers_and_can_round_the_weights(student, tmp_path):
     file = tmp_path / "new" / "wan.safetensors"
     command = ["--model", str(student), "--layout", "comfyui", "--dtype", "bfloat16"]
     assert export.main([*command, "--out", str(file)]) == 0
@@ -199,7 +199,7 @@ def test_an_export_always_has_the_step_schedule(tmp_path):
     assert load_config(tmp_path / "x") == load_config(WEIGHTS)
 
 
-def test_a_file_in_a_pipeline_finds_what_lies_beside(wan, tmp_path):
+def test_a_file_inside_a_pipeline_finds_the_rest_of_it(wan, tmp_path):
     miniature_wan.make(tmp_path / "wan")
     miniature_wan.transformer(num_attention_heads=1, attention_head_dim=128).save_pretrained(
         tmp_path / "wan" / "transformer")

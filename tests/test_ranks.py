@@ -72,8 +72,8 @@ def first(whole, tmp_path):
     return copies
 
 
-def test_two_ranks_have_one_processs_gradients_and_go_its_way(first, whole, toy_folder):
-    """Adam's first moment after one update is the gradient, but for a factor."""
+def test_two_ranks_have_one_processs_gradients_and_weights(first, whole, toy_folder):
+    """Adam's first moment after one update is the gradient, up to a factor."""
     one, two = (saved(first[ranks]) for ranks in (1, 2))
     zero = {name: torch.zeros_like(t) for name, t in one.items()}
     for optimizer in ("student_optimizer", "critic_optimizer"):
@@ -134,7 +134,7 @@ def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
 
 # --- LoRA ----------------------------------------------------------------------------------
 
-def test_lora_trains_adapters_of_one_base_that_stays(toy_folder, tmp_path):
+def test_lora_trains_adapters_alike_on_two_ranks_and_resumes_to_the_same_bits(toy_folder, tmp_path):
     out = trained(toy_folder, tmp_path / "one", "--lora", 4)
     tensors = saved(out)
     assert all("lora_" in n for n in tensors if n.startswith(("student.", "critic.")))
@@ -168,7 +168,7 @@ def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder)
         assert torch.equal(teacher(x, t, text), plain(x, t, text))
         assert torch.equal(critic(x, t, text), plain(x, t, text))
     assert (v - plain(x, t, text)).abs().max() > 0.01
-    v.square().mean().backward()  # recomputes blocks, when another adapter was the last to work
+    v.square().mean().backward()  # recomputes blocks after another adapter was active
     recomputed = [p.grad.clone() for p in student.parameters()]
     assert all(p.grad is None for p in critic.parameters())
     base.gradient_checkpointing = False
@@ -201,11 +201,11 @@ def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder
         assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-def test_an_adapter_is_diffusers_and_merges_into_its_model(tmp_path):
+def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):
     pipe = miniature_wan.pipeline()
     pipe.transformer.save_pretrained(tmp_path / "wan")
-    _, student, _ = lora.add_adapters(WanModel.from_pretrained(tmp_path / "wan"), 4,
-                                 ("student", "critic"))
+    base = WanModel.from_pretrained(tmp_path / "wan")
+    _, student, _ = lora.add_adapters(base, 4, ("student", "critic"))
     g = torch.Generator().manual_seed(0)
     for p in student.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=g)
@@ -227,7 +227,7 @@ def test_an_adapter_is_diffusers_and_merges_into_its_model(tmp_path):
 
 # --- what must not go wrong with several ranks -----------------------------------------------
 
-def test_saves_in_the_background_keep_out_of_the_loops_way(toy_folder, tmp_path):
+def test_saves_in_the_background_do_not_stop_the_loop(toy_folder, tmp_path):
     """Writing takes longer than a step, and takes each rank another time."""
     (tmp_path / "slow.py").write_text("""
 import sys, time, train
@@ -256,7 +256,7 @@ sys.exit(train.main(sys.argv[1:]))
     assert "000002" in seen[3] + seen[4]  # it has its name before the next save, or soon after
 
 
-def test_ranks_that_see_other_folders_are_told_at_once(toy_folder, tmp_path):
+def test_ranks_that_do_not_share_a_folder_are_told_at_once(toy_folder, tmp_path):
     (tmp_path / "apart.py").write_text("""
 import os, sys, train
 sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv[1:]]))
@@ -316,7 +316,7 @@ from runtime import data, distributed, run
 batch = data.Toy.batch
 def spoilt(self, numbers):
     latents, text, prompts = batch(self, numbers)
-    if 11 in numbers:  # of the second student update, on the second rank
+    if 11 in numbers:  # in the second student update, on the second rank
         latents[0, 0, 0, 0, 0] = float("nan")
     return latents, text, prompts
 data.Toy.batch = spoilt

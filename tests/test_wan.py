@@ -56,7 +56,7 @@ def ways_in(theirs, folder):
         yield folder / name / "wan.safetensors"
 
 
-def test_velocity_and_gradients_are_diffusers_from_every_layout(theirs, tmp_path):
+def test_velocity_and_gradients_equal_diffusers_from_every_layout(theirs, tmp_path):
     wanted = []
     for shape in SHAPES:
         x, t, text = batch(*shape)
@@ -152,7 +152,7 @@ def test_large_models_are_saved_in_shards_and_read_by_diffusers(tmp_path, monkey
     assert [p.name for p in tmp_path.glob("*.safetensors*")] == [checkpoint.FILE]
 
 
-def test_only_stale_shards_go_and_a_folder_left_half_way_is_refused(tmp_path, monkeypatch):
+def test_only_stale_shards_are_deleted_and_a_half_written_folder_is_refused(tmp_path, monkeypatch):
     ours = random_model(WanConfig(48, 96, 2, 2, text_dim=32))
     ours.save_pretrained(tmp_path)
     variant = tmp_path / checkpoint.FILE.replace(".", ".fp16.")
