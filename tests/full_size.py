@@ -1,12 +1,11 @@
-"""A Wan2.1-1.3B of full size and random weights, sampled and trained: seconds and peak memory.
+"""Sample and train a Wan2.1-1.3B of random weights: seconds and peak memory.
 
     make bench-1.3b
 
-Writes 3.5 GB to runs/wan-1.3b-random at the first call. The transformer and the VAE have Wan's
-sizes; the text encoder has its width alone. Linux, on the CPU.
+The first call writes 3.5 GB to runs/wan-1.3b-random. The transformer and the VAE have Wan's sizes;
+the text encoder has only its width. For Linux, on the CPU.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 import adavid
 from tests import miniature_wan
+from tests.helpers import read_lines, write_shards
 from tiny_wan import PRESETS, WanModel, checkpoint
 
 FOLDER = Path("runs/wan-1.3b-random")
@@ -30,8 +29,9 @@ SAMPLE = ["sample.py", "a cat walks on grass", "--model", FOLDER, "--dtype", "bf
           "--device", "cpu", "--frames", 9, "--height", 128, "--width", 192,
           "--out", "runs/wan-1.3b-samples"]
 SHARDS, RUN = FOLDER / "shards", Path("runs/wan-1.3b-lora")
+# RUN holds no VAE, so training draws no pictures.
 TRAIN = ["train.py", "distill", "--model", FOLDER, "--data", SHARDS, "--out", RUN, "--lora", 16,
-         "--steps", 1, "--batch-size", 1, "--device", "cpu", "--codec", RUN]  # so: no pictures
+         "--steps", 1, "--batch-size", 1, "--device", "cpu", "--codec", RUN]
 
 
 def main():
@@ -45,9 +45,10 @@ def main():
     seconds, peak, said = measure(SAMPLE)
     print(f"sample.py, 9 frames of 128 x 192 in four decoupled steps: {seconds:.0f} s in all, "
           f"anonymous memory at most {peak / 1e9:.2f} GB ({peak / size:.2f} x the weights)\n{said}")
-    write_shards()
-    seconds, peak, said = measure(TRAIN)
-    cycle = json.loads((RUN / "times.jsonl").read_text())["seconds"]
+    shutil.rmtree(RUN, ignore_errors=True)
+    write_shards(SHARDS, (2,), (16, 3, 8, 12), 4096)
+    seconds, peak, _ = measure(TRAIN)
+    cycle = read_lines(RUN / "times.jsonl")[0]["seconds"]
     print(f"train.py, one cycle with LoRA of rank 16 in float32, of 9 frames of 64 x 96: "
           f"{cycle:.0f} s, anonymous memory at most {peak / 1e9:.2f} GB")
 
@@ -68,21 +69,8 @@ def write():
     adavid.FrameInterpolator(16).save_pretrained(FOLDER / "interpolator.safetensors")
 
 
-def write_shards():
-    """Two random clips, as tools.encode leaves them."""
-    shutil.rmtree(RUN, ignore_errors=True)
-    SHARDS.mkdir(exist_ok=True)
-    shape = (16, 3, 8, 12)
-    save_file({"latents": torch.randn(2, *shape), "text": torch.randn(2, 9, 4096)},
-              SHARDS / "shard.safetensors", {"prompts": '["a cat", "a dog"]'})
-    save_file({"null_text": torch.randn(1, 9, 4096)}, SHARDS / "null_text.safetensors")
-    (SHARDS / "index.json").write_text(json.dumps({
-        "latent_shape": shape, "has_videos": True,
-        "shards": [{"file": "shard.safetensors", "count": 2}]}))
-
-
 def measure(command):
-    """Run Python in a process of its own -> seconds, largest anonymous memory, what it said."""
+    """Run Python in a process of its own: seconds, its largest anonymous memory, its output."""
     start, peak = time.perf_counter(), 0
     with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
                           text=True) as child:

@@ -6,6 +6,7 @@ Its architecture is Wan's, its weights are random, and it lies on disk as Wan2.1
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from tiny_wan import PRESETS, WanModel
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 96, "num_layers": 2,
          "text_dim": 32}
@@ -83,11 +86,19 @@ def original(module, gradients=False):
         name: p.clone() for name, p in module.state_dict().items()}
     if isinstance(module, UMT5EncoderModel):
         return {t5_name(n): t for n, t in tensors.items() if n != "encoder.embed_tokens.weight"}
-    convert, names = {
-        WanTransformer3DModel: (convert_wan_transformer_to_diffusers, transformer_names()),
-        AutoencoderKLWan: (convert_wan_vae_to_diffusers, vae_names())}[type(module)]
+    if isinstance(module, WanTransformer3DModel):
+        convert, names = convert_wan_transformer_to_diffusers, transformer_names(module)
+    else:
+        convert, names = convert_wan_vae_to_diffusers, vae_names()
     names = {theirs: ours for ours in names for theirs in convert({ours: None})}
     return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def transformer_names(module):
+    """Our names, which diffusers' conversion must know: those of Wan's own code."""
+    config = replace(PRESETS["wan-1.3b"], num_layers=module.config.num_layers)
+    with torch.device("meta"):
+        return WanModel(config).state_dict()
 
 
 def t5_name(name):
@@ -99,20 +110,6 @@ def t5_name(name):
             "layer.1.DenseReluDense": "ffn", "wi_0": "gate.0", "wi_1": "fc1", "wo": "fc2"}.items():
         name = name.replace(theirs, ours)
     return name
-
-
-def transformer_names():
-    """All that the original transformer can hold."""
-    attention = [f"{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")]
-    attention += ["norm_q.weight", "norm_k.weight"]
-    block = [f"{a}.{name}" for a in ("self_attn", "cross_attn") for name in attention]
-    block += [f"{part}.{kind}" for part in ("norm3", "ffn.0", "ffn.2") for kind in
-              ("weight", "bias")]
-    rest = [f"{part}.{kind}" for part in (
-        "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0",
-        "time_embedding.2", "time_projection.1", "head.head") for kind in ("weight", "bias")]
-    return rest + ["head.modulation"] + [f"blocks.{i}.{name}" for i in range(4)
-                                         for name in [*block, "modulation"]]
 
 
 def vae_names():

@@ -1,7 +1,6 @@
 """The method's functions, each against its equation and its contract."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -62,26 +61,11 @@ def test_dmd_gradient_of_zero_by_zero_is_zero_and_nothing_else_is_hidden():
     assert adavid.dmd_gradient(x * math.nan, x, x).isnan().all()
 
 
-def test_dmd_loss_has_the_dmd_gradient():
-    x0, g = randn(2, 3, 4, 5, 6).requires_grad_(), randn(2, 3, 4, 5, 6, seed=1)
-    adavid.dmd_loss(x0, g).backward()
-    torch.testing.assert_close(x0.grad, g / x0.numel(), atol=1e-9, rtol=1e-4)
-
-
 def test_dmd_loss_keeps_in_bf16_a_gradient_that_bf16_would_round_away():
     x0 = torch.full((1, 1, 1, 1, 4), 100.0, dtype=torch.bfloat16, requires_grad=True)
     adavid.dmd_loss(x0, torch.full(x0.shape, 1e-2)).backward()
     torch.testing.assert_close(x0.grad.float(), torch.full(x0.shape, 1e-2 / 4), rtol=1e-2, atol=0)
     assert adavid.dmd_gradient(x0, x0, x0 + 1).dtype == torch.float32
-
-
-def test_the_teacher_is_guided_and_the_critic_is_not():
-    config = AVDConfig(guidance_scale=3.0)
-    teacher, critic = Recorder(), Recorder()
-    x0 = randn(2, 3, 5, 2, 2)
-    adavid.distribution_matching_loss(x0, teacher, critic, randn(2, 4, 6), randn(1, 2, 6), config)
-    assert (len(teacher.calls), len(critic.calls)) == (2, 1)
-    assert all(torch.equal(call[0], critic.calls[0][0]) for call in teacher.calls)
 
 
 def test_timesteps_are_shifted_towards_noise_and_clamped():
@@ -356,13 +340,13 @@ def test_critic_loss_is_flow_matching_and_never_reaches_the_student():
     assert x0.grad is None and weight.grad != 0
 
 
-def student_losses(config=AVDConfig(), **changes):
+def student_losses(**changes):
     torch.manual_seed(0)
     tiny = WanConfig(32, 64, 2, 1, in_dim=4, out_dim=4, text_dim=6, text_len=5)
     student, teacher, critic = (WanModel(tiny).init_weights(i) for i in range(3))
     for model in (student, teacher, critic):
         torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    config = replace(config, **changes)
+    config = AVDConfig(**changes)
     cache = LossMeanCache(len(config.timesteps), config.ema_decay, config.k)
     losses, parts = zip(*adavid.student_losses(
         student, teacher, critic, cache, randn(4, 4, 5, 4, 4), randn(4, 3, 6), torch.zeros(1, 0, 6),
@@ -376,11 +360,6 @@ def test_student_losses_add_up_to_equation_9():
     torch.testing.assert_close(loss, total)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
-
-
-def test_without_regression_nothing_is_regressed():
-    _, parts, _ = student_losses(lambda_reg=0.0)
-    assert "reg" not in parts
 
 
 # --- configuration -----------------------------------------------------------------------------

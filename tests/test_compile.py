@@ -1,10 +1,10 @@
-"""One graph, without a break: the model, a student's and a critic's step, the sampler."""
+"""torch.compile makes one graph, without a break, of the model, of each loss and of the sampler."""
 
 import pytest
 import torch
 
 import adavid
-from tests.test_model import random_model
+from tests.helpers import random_model
 from tiny_wan import WanConfig
 
 CONFIG = WanConfig(48, 96, 4, 2, in_dim=4, out_dim=4, text_dim=15, text_len=8)
@@ -26,7 +26,7 @@ def models():
     return [random_model(CONFIG) for _ in range(3)]
 
 
-def test_the_model_at_any_length_and_frame_rate(models):
+def test_the_model_compiles_for_any_length_and_frame_rate(models):
     model, *_ = models
     compiled = in_one_graph(model)
     for f, stride in ((5, 1), (3, 2), (9, 1), (2, 4)):
@@ -42,7 +42,7 @@ def test_the_model_at_any_length_and_frame_rate(models):
 
 
 @pytest.mark.parametrize("strides", [(1, 1, 1, 1), (2, 2, 1, 1)])
-def test_a_student_step_and_a_critic_step(models, strides):
+def test_a_student_step_and_a_critic_step_compile(models, strides):
     student, teacher, critic = models
     config, cache = adavid.AVDConfig(train_strides=strides), adavid.LossMeanCache(4)
     interpolator = adavid.FrameInterpolator(4, 8)
@@ -63,7 +63,7 @@ def test_a_student_step_and_a_critic_step(models, strides):
     assert critic.head.head.weight.grad.abs().sum() > 0
 
 
-def test_the_decoupled_sampler(models):
+def test_the_decoupled_sampler_compiles(models):
     student, *_ = models
     noise, _, text = inputs()
     config, interpolator = adavid.AVDConfig(), adavid.FrameInterpolator(4, 8)

@@ -41,7 +41,7 @@ def normals(k):
 
 
 def draw_in_turn(monkeypatch, noises):
-    """Instead of random noise adavid now gets these, and times at the low end of their range."""
+    """Give adavid these instead of random noise, and times at the low end of their range."""
     noises = cycle(noises)
     monkeypatch.setattr(adavid, "draw", lambda random, shape, like, generator=None:
                         next(noises) if random is torch.randn else like.new_zeros(shape))
@@ -195,10 +195,10 @@ def test_distribution_matching_alone_recovers_the_guided_teacher():
 
 
 # ---------------------------------------------------------------------------------------------
-# Regression (eqs. 5-7) pulls into the middle between two distributions; its weight lets go
+# Regression (eqs. 5-7) pulls the student between two distributions; a small weight lets go
 #
 # From pure noise a student cannot know which real video is meant. Its velocity's squared error,
-# E|x0_real - (m + A z)|^2 = |m - mean_real|^2 + tr A A^T + constant, asks for their mean, always.
+# E|x0_real - (m + A z)|^2 = |m - mean_real|^2 + tr A A^T + constant, always asks for their mean.
 # With C_T the noised teacher's covariance, KL + lambda_reg w E|...|^2 is least where
 #
 #     C_T^-1 (m - mean_T) + p (m - mean_real) = 0

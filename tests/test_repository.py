@@ -6,41 +6,60 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [f for f in ROOT.rglob("*.py") if not {".venv", "runs", "build"} & set(f.parts)]
-LAYERS = {"kernels": set(), "tiny_wan": set(), "adavid": {"kernels"},  # and what each may import
-          "runtime": {"kernels", "tiny_wan", "adavid"}}
-OURS = {"kernels", "tiny_wan", "adavid", "runtime", "train", "sample", "tools"}
+FILES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")
+         if not {".venv", "runs", "build"} & set(file.relative_to(ROOT).parts)}
+PROGRAMS = {"train", "sample", "baselines"}
+BELOW = {  # what each layer may import, besides itself
+    "kernels": set(),
+    "tiny_wan": set(),
+    "adavid": {"kernels"},
+    "runtime": {"kernels", "tiny_wan", "adavid"},
+    **dict.fromkeys(PROGRAMS, {"kernels", "tiny_wan", "adavid", "runtime"}),
+    "tools": {"kernels", "tiny_wan", "adavid", "runtime", *PROGRAMS},
+}
 
 
-def imported(file):
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def layer(file):
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(file):
+    """What a file imports: lists of names, such as ["tools", "page", "write"]."""
+    for node in ast.walk(FILES[file]):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0]
+            yield from (alias.name.split(".") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = [layer(file)] * node.level + (node.module or "").split(".")
+            yield from ([*filter(None, module), alias.name] for alias in node.names)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_lines_are_at_most_100_columns(file):
-    lines = file.read_text(encoding="utf-8").splitlines()
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+def wrong_imports(name, is_wrong):
+    """The imports of a layer that `is_wrong` complains about."""
+    return [f"{file.relative_to(ROOT)} imports {'.'.join(names)}" for file in FILES
+            if layer(file) == name for names in imports(file) if is_wrong(names)]
 
 
-def test_the_method_stays_one_sitting_long():
-    assert len((ROOT / "adavid.py").read_text().splitlines()) < 480
+@pytest.mark.parametrize("name", BELOW)
+def test_imports_run_downward(name):
+    forbidden = BELOW.keys() - BELOW[name] - {name}
+    assert wrong_imports(name, lambda names: names[0] in forbidden) == []
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_run_downward(layer):
-    for file in FILES:
-        if file.relative_to(ROOT).with_suffix("").parts[0] == layer:
-            assert set(imported(file)) & OURS <= LAYERS[layer] | {layer}, file
+def test_commands_share_only_the_page_builder_and_the_counter_of_costs():
+    assert not wrong_imports("tools", lambda names: names[0] == "tools"
+                             and names[1] not in ("page", "costs"))
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_only_tests_replace_what_others_define(name):
+    assert wrong_imports(name, lambda names: names[0] == "unittest") == []
 
 
 def test_nothing_can_run_code_from_a_file():
-    for file in FILES:
-        assert not {"pickle", "dill", "shelve", "marshal"} & set(imported(file)), file
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file, tree in FILES.items():
+        modules = {names[0] for names in imports(file)}
+        assert not {"pickle", "dill", "shelve", "marshal"} & modules, file
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 assert name not in ("eval", "exec", "os.system"), file

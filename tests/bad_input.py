@@ -1,0 +1,321 @@
+"""What the programs read, and what can be wrong with it.
+
+READERS are the programs with the flags and files that they read. BAD_INPUT breaks one thing at a
+time. test_bad_input.py checks that the reader then ends in one line that names what is wrong;
+torture.py gives the same readers thousands of randomly damaged files.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import sample
+import train
+from adavid import FrameInterpolator
+from tests import miniature_wan
+from tiny_wan import checkpoint
+from tiny_wan.checkpoint import FILE
+from tools import encode, export
+
+# ---------------------------------------------------------------------------------------------
+# Readers
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reader:
+    """A program, its flags, and the inputs that it finds in the working folder.
+
+    A flag such as @toy stands for the path of an input that stays elsewhere.
+    """
+
+    program: Callable
+    flags: str
+    reads: str = ""
+
+    def prepare(self, inputs, folder):
+        """Copy what is read to the folder; the arguments to call the program with there."""
+        for name in self.reads.split():
+            copy = shutil.copytree if inputs[name].is_dir() else shutil.copy
+            copy(inputs[name], folder / name)
+        return self.arguments(self.flags, inputs)
+
+    @staticmethod
+    def arguments(flags, inputs):
+        return [str(inputs[word[1:]]) if word.startswith("@") else word
+                for word in shlex.split(flags)]
+
+
+CPU = "--out out --device cpu"
+CLIP = f"{CPU} --frames 5 --height 32 --width 48"
+PIXEL = f"'a cat' {CPU} --frames 1 --height 32 --width 32"
+DISTILL = "distill --device cpu --batch-size 1 --critic-updates 1 --steps"
+ADAPTER = "adapter.safetensors"
+
+READERS = {
+    "sample": Reader(sample.main, f"'a red ball' --model toy {CPU}", "toy"),
+    "sample prompts": Reader(
+        sample.main, f"--prompts-file prompts.txt --model @toy {CPU}", "prompts.txt"),
+    "sample nothing": Reader(sample.main, f"--model @toy {CPU}"),
+    "sample shards": Reader(sample.main, f"'a red ball' --model sharded {CPU}", "sharded"),
+    "sample diffusers": Reader(sample.main, f"{PIXEL} --model diffusers", "diffusers"),
+    "sample original": Reader(sample.main, f"{PIXEL} --model original", "original"),
+    "train": Reader(train.main, ""),
+    "distill": Reader(train.main, f"{DISTILL} 1 --model toy --out out", "toy"),
+    "distill shards": Reader(
+        train.main, f"{DISTILL} 1 --model @toy --data shards --out out", "shards"),
+    "resume": Reader(train.main, f"{DISTILL} 2 --model @toy --out run", "run"),
+    "encode": Reader(encode.main, f"--videos clips --model @diffusers {CLIP}", "clips"),
+    "encode nothing": Reader(encode.main, f"--model @diffusers {CLIP}"),
+    "encode prompts": Reader(
+        encode.main, f"--captions prompts.txt --model @diffusers {CLIP}", "prompts.txt"),
+    "encode jsonl": Reader(
+        encode.main, f"--captions captions.jsonl --videos @clips --model @diffusers {CLIP}",
+        "captions.jsonl"),
+    "encode csv": Reader(
+        encode.main, f"--captions captions.csv --videos @clips --model @diffusers {CLIP}",
+        "captions.csv"),
+    "encode more": Reader(
+        encode.main, f"--videos @clips --model @diffusers {CLIP} --out encoded", "encoded"),
+    "export": Reader(export.main, "--model toy --out out", "toy"),
+    "export diffusers": Reader(export.main, "--model diffusers --out out", "diffusers"),
+    "merge": Reader(export.main, f"--model @toy --lora {ADAPTER} --out out", ADAPTER),
+}
+
+# ---------------------------------------------------------------------------------------------
+# What breaks a file: each returns a function that is called in the working folder
+# ---------------------------------------------------------------------------------------------
+
+
+def find(pattern):
+    file, = Path().glob(pattern)
+    return file
+
+
+def delete(pattern):
+    def breaks():
+        file = find(pattern)
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    return breaks
+
+
+def write(file, content):
+    return lambda: Path(file).write_bytes(content)
+
+
+def cut(pattern, size=100):
+    return lambda: find(pattern).write_bytes(find(pattern).read_bytes()[:size])
+
+
+def replace(file, old, new):
+    """Replace text, which must be in the file."""
+    def breaks():
+        text = Path(file).read_text()
+        assert old in text
+        Path(file).write_text(text.replace(old, new))
+    return breaks
+
+
+def edit_json(file, **values):
+    return lambda: Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | values))
+
+
+def edit_tensors(file, tensors, **metadata):
+    """Replace tensors, or delete those that become None, and replace metadata."""
+    def breaks():
+        with checkpoint.open_weights(file) as weights:
+            notes = weights.metadata() or {}
+        edited = {name: x for name, x in (load_file(file) | tensors).items() if x is not None}
+        save_file(edited, file, notes | metadata)
+    return breaks
+
+
+def index_without_a_shard():
+    index = Path("sharded") / f"{FILE}.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({
+        "weight_map": {name: file for name, file in names.items() if "-00002-" not in file}}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input, by reader: what the line must name, then more flags or what breaks a file
+# ---------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+TOY, INTERPOLATOR = f"toy/{FILE}", "toy/interpolator.safetensors"
+WAN, CONFIG = f"diffusers/transformer/{FILE}", "diffusers/transformer/config.json"
+HEAD, CONV, NORM = "proj_out.bias", "decoder.conv_in.bias", "encoder.final_layer_norm.weight"
+VAE, TEXT_ENCODER = f"diffusers/vae/{FILE}", "diffusers/text_encoder/model.safetensors"
+T5, VAE_PTH = "original/models_t5_umt5-xxl-enc-bf16.pth", "original/Wan2.1_VAE.pth"
+TOKENIZER = "original/google/umt5-xxl"
+INDEX, NULL_TEXT = "shards/index.json", "shards/null_text.safetensors"
+SHARD, OTHER_SHARD = "shards/shard-0.safetensors", "shards/shard-1.safetensors"
+WEIGHTS_INDEX = f"sharded/{FILE}.index.json"
+CHECKPOINT = "run/checkpoints/000001"
+STATE, SUMS = f"{CHECKPOINT}/state.json", f"{CHECKPOINT}/checksums-0.json"
+UP, DOWN = (f"transformer.blocks.0.ffn.net.2.lora_{part}.weight" for part in "BA")
+
+BAD_INPUT = {
+    "sample nothing": [("prompts",)],
+    "sample": [
+        ("--steps 'x'", "--steps x"),
+        ("--steps 0", "--teacher --steps 0"),
+        *((INTERPOLATOR, write(INTERPOLATOR, content)) for content in (
+            b"", save({"patch_embedding.weight": torch.ones(32, 12, 1, 2, 2)}),
+            save({"enter.0.weight": torch.zeros(10_000, 24, 1, 1)}),  # a network of 50 GB
+            save(FrameInterpolator(16, width=8).state_dict()))),
+        (INTERPOLATOR, edit_tensors(INTERPOLATOR, {"out.bias": torch.full((13,), INF)})),
+    ],
+    "sample prompts": [
+        ("prompts.txt", delete("prompts.txt")),
+        ("prompts.txt UTF-8", write("prompts.txt", b"\xff\xfe\x00bad")),
+        ("prompts.txt no prompts", write("prompts.txt", b"\n \n")),
+        ("'purple'", write("prompts.txt", b"a purple ball\n")),
+    ],
+    "sample diffusers": [
+        ("diffusers", delete("diffusers/transformer")),
+        (f"{WAN} safetensors", cut(WAN, -9)),
+        (f"{WAN} '{HEAD}' 'odd'", edit_tensors(WAN, {HEAD: None, "odd": torch.zeros(64)})),
+        (f"{WAN} '{HEAD}' [3] [64]", edit_tensors(WAN, {HEAD: torch.zeros(3)})),
+        (f"{WAN} '{HEAD}' empty", edit_tensors(WAN, {HEAD: torch.zeros(0, 3)})),
+        (f"{WAN} '{HEAD}' torch.int32", edit_tensors(WAN, {HEAD: torch.zeros(64).int()})),
+        (f"{WAN} '{HEAD}' finite", edit_tensors(WAN, {HEAD: torch.full((64,), NAN)})),
+        (f"{WAN} 'patch_embedding.weight'", write(WAN, save({"x": torch.zeros(1)}))),
+        (f"{CONFIG} text_len 1099511627776", edit_json(CONFIG, text_len=2**40)),
+        (f"{CONFIG} ffn_dim 97 96", edit_json(CONFIG, ffn_dim=97)),
+        (f"{CONFIG} num_layers 3 2", edit_json(CONFIG, num_layers=3)),
+        (f"{WAN} blocks.1.", edit_json(CONFIG, num_layers=1)),
+        ("diffusers num_heads 7 48", edit_json(CONFIG, num_attention_heads=7)),
+        (f"{CONFIG} JSON", write(CONFIG, b"{")),
+        (f"{CONFIG} i2v", edit_json(CONFIG, _class_name="WanModel", model_type="i2v")),
+        ("diffusers 48 channels", lambda: miniature_wan.transformer(
+            in_channels=48, out_channels=48).save_pretrained("diffusers/transformer")),
+        ("diffusers text encoder", delete("diffusers/text_encoder")),
+        ("diffusers/text_encoder", cut(TEXT_ENCODER)),
+        (f"diffusers/text_encoder '{NORM}'", edit_tensors(TEXT_ENCODER, {NORM: None})),
+        (f"diffusers/text_encoder '{NORM}' finite",
+         edit_tensors(TEXT_ENCODER, {NORM: torch.full((32,), INF)})),
+        ("diffusers/vae", write("diffusers/vae/config.json", b"{")),
+        (f"diffusers/vae '{CONV}'", edit_tensors(VAE, {CONV: None})),
+        (f"diffusers/vae '{CONV}' finite", edit_tensors(VAE, {CONV: torch.full((16,), INF)})),
+        ("frames 80 77 81", "--frames 80"),
+        ("width 8 16", "--width 8"),
+        ("frames 13 9 17", "--frames 13", lambda: FrameInterpolator(16, width=8).save_pretrained(
+            Path("diffusers/interpolator.safetensors"))),
+    ],
+    "sample original": [
+        ("original VAE --codec", delete(VAE_PTH)),
+        ("original tokenizer", delete("original/google")),
+        (VAE_PTH, cut(VAE_PTH)),
+        (VAE_PTH, lambda: torch.save({"a": json.JSONDecoder}, VAE_PTH)),
+        (T5, cut(T5)),
+        (TOKENIZER, cut(f"{TOKENIZER}/tokenizer.json")),
+        (f"{TOKENIZER} 304 200", lambda: miniature_wan.T5Tokenizer(
+            extra_ids=300).save_pretrained(TOKENIZER)),
+    ],
+    "sample shards": [
+        ("-00002-of-", delete("sharded/*-00002-*")),
+        (WEIGHTS_INDEX, write(WEIGHTS_INDEX, b"{}")),
+        (f"{WEIGHTS_INDEX} '../b'", edit_json(WEIGHTS_INDEX, weight_map={"a": "../b"})),
+        (f"bbb {FILE}.index.json", edit_json(WEIGHTS_INDEX, weight_map={"a": "b" * 5000})),
+        ("sharded missing", index_without_a_shard),
+    ],
+    "train": [
+        ("--out", "distill"),
+        ("teacher interpolator", "distil"),
+        ("mps", "interpolator --out out --device mps") if torch.cuda.is_available() else
+        ("cuda", "interpolator --out out --device cuda"),
+        ("texts", "interpolator --out out --device cpu --data @texts"),
+    ],
+    "distill": [
+        ("--kk", "--kk 3"),
+        ("abc", "--k abc"),
+        ("strides", "--strides 1 2 1 1"),
+        ("--accumulate 0", "--accumulate 0"),
+        ("--ema 2", "--ema 2"),
+        ("--lora -4", "--lora -4"),
+        ("--lora --ema", "--lora 4 --ema 0.9"),
+        ("nowhere", "--model nowhere"),
+        (TOY, write(TOY, b"not a model")),
+        ("toy 12 16", "--model @diffusers"),
+        ("--out toy", "--out toy"),
+        ("out", write("out", b"")),
+        *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
+            ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
+            ("lr x", '{"lr": "x"}'), ("timesteps ()", '{"timesteps": []}'),
+            ("betas (0.9,)", '{"betas": [0.9]}'), ("", "[" * 100_000))),
+    ],
+    "distill shards": [
+        (OTHER_SHARD, delete(OTHER_SHARD)),
+        (INDEX, delete(INDEX)),
+        (INDEX, write(INDEX, b"[]")),
+        (INDEX, write(INDEX, b'{"shards": []}')),
+        (f"{INDEX} '../x'", replace(INDEX, "shard-1.safetensors", "../x")),
+        (f"{INDEX} 7", replace(INDEX, '"shard-1.safetensors"', "7")),
+        ("xxx.safetensors", replace(INDEX, "shard-1", "x" * 5000)),
+        (SHARD, replace(INDEX, '"count": 3', f'"count": {2**70}')),
+        (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 5, 4, 4])),
+        (NULL_TEXT, write(NULL_TEXT, b"")),
+        (f"{NULL_TEXT} finite", edit_tensors(
+            NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),
+        (NULL_TEXT, write(NULL_TEXT, save({"x": torch.zeros(1)}))),
+        (NULL_TEXT, write(NULL_TEXT, save({"null_text": torch.zeros(1, 2)}))),
+        (SHARD, edit_tensors(SHARD, {"latents": None})),
+        (f"{SHARD} finite", edit_tensors(
+            SHARD, {"latents": torch.full((3, 12, 5, 4, 4), NAN)})),
+        ("texts --lambda-reg", "--data @texts"),
+    ],
+    "resume": [
+        ("k 3.0 7.0", "--k 7"),
+        (CHECKPOINT, cut(f"{CHECKPOINT}/*.safetensors")),
+        (CHECKPOINT, edit_json(STATE, step=0)),
+        (CHECKPOINT, write(SUMS, b"[1, 2]")),
+        (CHECKPOINT, write(SUMS, b'{"../../metrics.jsonl": "0"}')),
+        (CHECKPOINT, delete(SUMS)),
+        ("run/metrics.jsonl", write("run/metrics.jsonl", b"\x00\n")),
+        ("run/times.jsonl", write("run/times.jsonl", b"\x00\n")),
+    ],
+    "encode": [
+        ("clips", lambda: [video.unlink() for video in Path("clips").glob("*.mp4")]),
+    ],
+    "encode nothing": [
+        ("--videos --captions",),
+        ("gone", "--videos gone"),
+    ],
+    "encode prompts": [
+        ("prompts.txt", write("prompts.txt", b"")),
+        ("prompts.txt --videos", "--videos @clips"),
+    ],
+    "encode jsonl": [
+        ("captions.jsonl 1", write("captions.jsonl", b'{"video": "x"}\n')),
+        ("captions.jsonl 1", write("captions.jsonl", b"{bad\n")),
+    ],
+    "encode csv": [
+        ("captions.csv UTF-8", write("captions.csv", b"\xff\xfe\x00")),
+        ("captions.csv 1", write("captions.csv", b'video,caption\nx,"' + 140_000 * b"x" + b'"\n')),
+        ("captions.csv 'x'", write("captions.csv", b"video,caption\nx,a\nx,b\n")),
+    ],
+    "encode more": [
+        ("encoded/shard-000-00000.safetensors fps 16 8", "--fps 8"),
+        ("encoded '02.mp4'", "--exclude-prompts bench.txt", write("bench.txt", b"Clip 02!")),
+    ],
+    "export": [
+        ("toy", "--out toy --layout original"),
+        ("toy/wan.safetensors", "--out toy/wan.safetensors --layout comfyui"),
+    ],
+    "export diffusers": [
+        ("diffusers/transformer", "--out diffusers/transformer --layout original"),
+        ("diffusers", f"--model {WAN} --out diffusers"),
+    ],
+    "merge": [
+        (ADAPTER, "--model @diffusers"),
+        (ADAPTER, edit_tensors(ADAPTER, {UP: torch.full((32, 2), INF)})),
+        (ADAPTER, edit_tensors(ADAPTER, {UP: torch.zeros(64, 2), DOWN: torch.zeros(2, 32)})),
+    ],
+}

@@ -1,0 +1,200 @@
+"""What the tests share: running programs, reading what they leave, and small inputs for them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+import train
+from adavid import AVDConfig, FrameInterpolator
+from runtime import lora
+from runtime.checkpoints import list_checkpoints
+from tiny_wan import WanConfig, WanModel
+from tools import encode
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CLIP = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]
+
+# ---------------------------------------------------------------------------------------------
+# Programs, and what they leave
+# ---------------------------------------------------------------------------------------------
+
+
+def distill(model, out, *flags, steps=2, batch_size=2):
+    """The exit code of train.py distill on the CPU."""
+    return train.main(["distill", "--model", str(model), "--out", str(out), "--steps", str(steps),
+                       "--batch-size", str(batch_size), "--device", "cpu", *map(str, flags)])
+
+
+def torchrun(*args, cwd=ROOT):
+    """Run two ranks to the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, timeout=120,
+                          capture_output=True, text=True)
+
+
+def complaint(capsys, code):
+    """The one line (after any progress bar) of a program that has ended with code 2."""
+    *_, last = error = capsys.readouterr().err.splitlines()
+    assert code == 2 and last.startswith("error: "), error
+    assert sum("error" in line.lower() for line in error) == 1 and "Traceback" not in str(error)
+    return last
+
+
+def read_lines(file):
+    """The objects of a file with JSON on each line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def saved(out):
+    """All tensors of a run's newest checkpoint, whole, whichever ranks have written it."""
+    reader = HuggingFaceStorageReader(str(list_checkpoints(out)[-1]))
+    tensors = {name: torch.zeros(about.size, dtype=about.properties.dtype)
+               for name, about in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings(action="ignore"):  # of having one process
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def equal(a, b):
+    """Whether two dicts hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def random_model(config, seed=0):
+    """A WanModel with all parameters random: the usual initialisation zeroes the head."""
+    g = torch.Generator().manual_seed(seed)
+    model = WanModel(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3 if p.ndim == 1 else p.shape[-1] ** -0.5, generator=g)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """Small files of all kinds, each made when it is first asked for: `inputs["toy"]` is a path."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder).resolve()
+
+    def __getitem__(self, name):
+        path = self.folder / name
+        if not path.exists():
+            MAKERS[name](path, self)
+        return path
+
+
+def make_toy(folder, _):
+    """A teacher of the toy world, random and very small, with an interpolator beside it."""
+    torch.manual_seed(0)
+    model = WanModel(WanConfig(32, 64, 2, 1, in_dim=12, out_dim=12, text_dim=15, text_len=8))
+    model.init_weights()
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    config = AVDConfig(lr=1e-3, critic_lr=1e-3, temporal_truncation=-5.0)
+    model.save_pretrained(folder, metadata={"avd": config.to_json()})
+    interpolator = FrameInterpolator(12, width=8)
+    torch.nn.init.normal_(interpolator.out.weight, std=0.05)
+    interpolator.save_pretrained(folder / "interpolator.safetensors")
+
+
+def make_wan(folder, inputs):
+    """A miniature of Wan2.1 in the layout that the folder is named after."""
+    from tests import miniature_wan  # diffusers takes seconds to import
+
+    miniature_wan.make(folder, folder.name)
+
+
+def make_sharded(folder, inputs):
+    """A toy model in Diffusers' layout, in shards."""
+    from tests import miniature_wan
+
+    miniature_wan.transformer(in_channels=12, out_channels=12, text_dim=15).save_pretrained(
+        folder, max_shard_size="200KB")
+
+
+def make_shards(folder, inputs):
+    """Training data for the toy: two shards, or for `texts` one without videos."""
+    counts = {"shards": (3, 2), "texts": (2,)}[folder.name]
+    write_shards(folder, counts, (12, 5, 4, 4), 15, has_videos=folder.name == "shards")
+
+
+def write_shards(folder, counts, latent_shape, text_dim, has_videos=True):
+    """Random shards of so many samples each, as tools.encode writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, count in enumerate(counts):
+        tensors = {"text": torch.randn(count, 5, text_dim)}
+        if has_videos:
+            tensors["latents"] = torch.randn(count, *latent_shape)
+        save_file(tensors, folder / f"shard-{i}.safetensors",
+                  {"prompts": json.dumps([f"clip {n}" for n in range(count)])})
+    save_file({"null_text": torch.randn(1, 5, text_dim)}, folder / "null_text.safetensors")
+    (folder / "index.json").write_text(json.dumps({
+        "latent_shape": latent_shape, "has_videos": has_videos,
+        "shards": [{"file": f"shard-{i}.safetensors", "count": count}
+                   for i, count in enumerate(counts)]}))
+
+
+def make_run(folder, inputs):
+    """A distillation after one step."""
+    assert distill(inputs["toy"], folder, "--critic-updates", 1, steps=1, batch_size=1) == 0
+
+
+def make_adapter(file, inputs):
+    """What one step of LoRA has learnt."""
+    out = file.with_suffix("")
+    assert distill(inputs["toy"], out, "--lora", 2, "--critic-updates", 1, steps=1) == 0
+    shutil.copy(out / lora.FILE, file)
+
+
+def make_clips(folder, _):
+    write_clips(folder, 4)
+
+
+def write_clips(folder, count):
+    """Videos of 6 frames of noise, each with a caption in a text file beside it."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        video = rng.integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
+        iio.imwrite(folder / f"{i:02}.mp4", video, fps=16, codec="libx264", macro_block_size=2)
+        (folder / f"{i:02}.txt").write_text(f"clip {i:02}")
+
+
+def make_encoded(folder, inputs):
+    """Those videos in shards."""
+    assert encode.main(["--model", str(inputs["diffusers"]), "--videos", str(inputs["clips"]),
+                        "--out", str(folder), *CLIP]) == 0
+
+
+def make_text(file, _):
+    file.write_text(TEXTS[file.name])
+
+
+CAPTIONS = [(f"{i:02}.mp4", f"caption {i}") for i in range(4)]
+TEXTS = {
+    "prompts.txt": "a red ball\na blue ball moving left\n",
+    "captions.csv": "video,caption\n" + "".join(f"{name},{text}\n" for name, text in CAPTIONS),
+    "captions.jsonl": "".join(
+        json.dumps({"video": name, "caption": text}) + "\n" for name, text in CAPTIONS),
+}
+MAKERS = {
+    "toy": make_toy, "diffusers": make_wan, "original": make_wan, "sharded": make_sharded,
+    "shards": make_shards, "texts": make_shards, "run": make_run,
+    "adapter.safetensors": make_adapter, "clips": make_clips, "encoded": make_encoded,
+    **dict.fromkeys(TEXTS, make_text),
+}
