@@ -98,11 +98,14 @@ def test_prompts_and_cells_are_escaped():
     assert not Tags(text).count("script") and text.count("&lt;script&gt; &quot;&amp;") == 2
 
 
-def test_blocks_of_a_markdown_page_are_replaced_and_the_rest_stays():
+def test_blocks_of_a_markdown_page_are_replaced_and_the_rest_stays(tmp_path):
     text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
-    filled = page.fill(text, {"one": page.markdown([["x", "y"], ["1", "2"]]), "three": "no"})
-    assert filled == text.replace("old\n", "\n| x | y |\n|---|---|\n| 1 | 2 |\n\n")
-    assert page.fill(filled, {"one": "new"}) == text.replace("old\n", "\nnew\n\n")
+    file = tmp_path / "page.md"
+    file.write_text(text)
+    page.fill(file, {"one": page.markdown([["x", "y"], ["1", "2"]]), "three": "no"})
+    assert file.read_text() == text.replace("old\n", "\n| x | y |\n|---|---|\n| 1 | 2 |\n\n")
+    page.fill(file, {"one": "new"})
+    assert file.read_text() == text.replace("old\n", "\nnew\n\n")
 
 
 def test_a_value_that_was_not_finite_is_no_point_of_a_curve():

@@ -80,38 +80,27 @@ def main(argv=None):
 
 
 def run(args):
-    conditions = read_conditions(args.conditions)
     if args.quick:
-        main = conditions["questions"][0]
-        conditions |= {
-            "seeds": conditions["seeds"][:1], "prompts": 64, "questions": [main],
-            "rows": {row: conditions["rows"][row] for row in main["rows"]},
-            "claims": [claim for claim in conditions["claims"] if {
-                test[side] for test in claim["tests"] for side in ("row", "against")}
-                <= set(main["rows"])]}
         args.docs = args.out = Path("runs/ablation-quick")
     for folder in (args.docs / "figures", args.out):
         folder.mkdir(parents=True, exist_ok=True)
+    conditions = read_conditions(args.conditions, args.quick)
     measured = Measurements(conditions, args.docs / "measurements.jsonl")
     jobs = defaultdict(list)
     for name, row in conditions["rows"].items():
-        for seed in seeds_of(conditions, name):
+        for seed in row["seeds"]:
             if (name, seed) not in measured.lines:
                 jobs[row.get("student"), seed].append(name)
-    if jobs:
-        run_jobs(args, conditions, jobs, measured)
-    write_pages(args, measured)
-
-
-def run_jobs(args, conditions, jobs, measured):
-    """Run as many at once as there are cores. A job that fails, or Ctrl-C, stops all of them."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
-    pool = multiprocessing.get_context("spawn").Pool(
-        min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
-    with pool:  # terminates the jobs at the end, and train.py saves
-        lines = pool.imap_unordered(functools.partial(job, args.out, conditions), jobs.items())
-        for new in tqdm(lines, "ablation", len(jobs), unit="job"):
-            measured.save(new)
+    if jobs:
+        # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
+        pool = multiprocessing.get_context("spawn").Pool(
+            min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
+        with pool:
+            done = pool.imap_unordered(functools.partial(job, args.out, conditions), jobs.items())
+            for lines in tqdm(done, "ablation", len(jobs), unit="job"):
+                measured.save(lines)
+    write_pages(args, measured)
 
 
 def start_process():
@@ -124,8 +113,11 @@ def start_process():
 # ---------------------------------------------------------------------------------------------
 
 
-def read_conditions(file):
-    """The contents of the file. ValueError if a random stream would serve two purposes."""
+def read_conditions(file, quick=False):
+    """The contents of the file; each row has a list of its seeds.
+
+    ValueError if a random stream would serve two purposes.
+    """
     try:
         conditions = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -134,12 +126,17 @@ def read_conditions(file):
              for shift in (0, DATA_SEED, conditions["prompt_seed"])] + conditions["taken"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{file}: two of its seeds share a random stream; choose others")
+    if quick:
+        main = conditions["questions"][0]
+        conditions |= {
+            "seeds": conditions["seeds"][:1], "prompts": 64, "questions": [main],
+            "rows": {row: conditions["rows"][row] for row in main["rows"]},
+            "claims": [claim for claim in conditions["claims"] if {
+                test[side] for test in claim["tests"] for side in ("row", "against")}
+                <= set(main["rows"])]}
+    for row in conditions["rows"].values():
+        row["seeds"] = conditions["seeds"][:row.get("seeds")]  # as many of the first as it says
     return conditions
-
-
-def seeds_of(conditions, name):
-    """All seeds, or as many of the first as the row says."""
-    return conditions["seeds"][:conditions["rows"][name].get("seeds")]
 
 
 def definition(conditions, name):
@@ -158,30 +155,29 @@ def definition(conditions, name):
 
 
 def job(out, conditions, item):
-    """The measurements of a student's rows, or of the teacher's and the real videos'."""
-    (student, seed), names = item
-    folder = distil(out, conditions, student, seed) if student else WEIGHTS
-    return [measure(conditions, name, folder, seed) for name in names]
+    """Train a student, if there is one to train. The measurements of its rows.
 
-
-def distil(out, conditions, name, seed):
-    """The folder of a student. ValueError with the last line of its log if its training fails."""
-    student, folder = conditions["students"][name], out / f"{name}-{seed}"
-    argv = ["distill", "--out", str(folder), "--seed", str(seed), "--device", "cpu",
-            *shlex.split(conditions["flags"]), *shlex.split(student.get("flags", ""))]
-    if "data" in student:
-        shards = out / f"data-{student['data']}-{seed}"
-        if not (shards / INDEX).is_file():
-            write_shards(shards, seed, **conditions["data"][student["data"]])
-        argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
-    if "replace" in student:
-        adavid.temporal_loss = relative_temporal_loss
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
-        code = train.main(argv)
-    if code:
-        raise ValueError(f"{folder}: {(folder / 'log.txt').read_text().splitlines()[-1]}")
-    return folder
+    ValueError with the last line of the training's log if it fails.
+    """
+    (name, seed), rows = item
+    folder = out / f"{name}-{seed}" if name else WEIGHTS
+    if name:
+        student = conditions["students"][name]
+        argv = ["distill", "--out", str(folder), "--seed", str(seed), "--device", "cpu",
+                *shlex.split(conditions["flags"]), *shlex.split(student.get("flags", ""))]
+        if "data" in student:
+            shards = out / f"data-{student['data']}-{seed}"
+            if not (shards / INDEX).is_file():
+                write_shards(shards, seed, **conditions["data"][student["data"]])
+            argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
+        if "replace" in student:
+            adavid.temporal_loss = relative_temporal_loss
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            code = train.main(argv)
+        if code:
+            raise ValueError(f"{folder}: {(folder / 'log.txt').read_text().splitlines()[-1]}")
+    return [measure(conditions, row, folder, seed) for row in rows]
 
 
 def relative_temporal_loss(x0, eps=1e-6, truncation=None, temporal_loss=adavid.temporal_loss):
@@ -221,16 +217,16 @@ def spoil(kind, video, generator):
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
     model = WanModel.from_pretrained(folder, torch.float32, device).eval()
-    config, interpolator = load_config(folder), None
+    config, interpolator = load_config(folder), load_interpolator(folder, device)
     if "steps" in row:
         null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
         return lambda noise, text, generator: adavid.sample_teacher(
             model, noise, text, null_text, row["steps"], config.guidance_scale)
     if "strides" in row:
         config = replace(config, strides=tuple(row["strides"]))
-    if max(config.strides) > 1:
-        interpolator = (plain_mean if row.get("interpolator") == "mean"
-                        else load_interpolator(folder, "cpu").to(device))
+    if row.get("interpolator") == "mean":  # of the neighbours
+        interpolator = lambda x0: F.interpolate(
+            x0, (2 * x0.shape[2] - 1, *x0.shape[3:]), mode="trilinear", align_corners=True)
 
     def renumbered(x, t, text, frame_stride=1):
         return model(x, t, text)
@@ -238,12 +234,6 @@ def sampler_of(row, folder, device="cpu"):
     return lambda noise, text, generator: adavid.sample(
         renumbered if row.get("renumbered") else model, noise, text, config, interpolator,
         generator)
-
-
-def plain_mean(x0):
-    """The mean of two neighbours as the frame between them."""
-    b, c, f, h, w = x0.shape
-    return F.interpolate(x0, (2 * f - 1, h, w), mode="trilinear", align_corners=True)
 
 
 def measure(conditions, name, folder, seed):
@@ -334,7 +324,7 @@ class Measurements:
         os.replace(part, self.file)
 
     def of_row(self, row):
-        return [self.lines[row, seed] for seed in seeds_of(self.conditions, row)]
+        return [self.lines[row, seed] for seed in self.conditions["rows"][row]["seeds"]]
 
     def title(self, *rows):
         return " − ".join(self.conditions["rows"][row]["title"] for row in rows)
@@ -441,15 +431,20 @@ def verdicts(measured):
 def write_pages(args, measured):
     for file in (args.docs.parent / "README.md", args.docs / "results.md"):
         if file.is_file():
-            text = page.fill(file.read_text(encoding="utf-8"), blocks(measured))
-            file.write_text(text, encoding="utf-8")
+            page.fill(file, blocks(measured))
     conditions = measured.conditions
     main, *others = conditions["questions"]
     draw(measured, main).savefig(args.docs / "figures" / "ablation.png", dpi=110)
     first = conditions["seeds"][0]
     _, prompts = world.make(conditions["prompt_seed"] + first, range(conditions["prompts"]))
     videos = zip(*(measured.lines[row, first]["videos"] for row in main["rows"]))
-    (args.docs / "results.html").write_text(page.html("The ablation in the toy world", f"""
+    kinds = ""
+    for row in [row for row in ("avd", "mixed") if row in conditions["rows"]]:
+        weights = [line["weights"] for line in measured.of_row(row)]
+        kinds += page.table([[measured.title(row), *(f"t = {t}" for t in TIMESTEPS)], *(
+            [kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
+            for kind in weights[0])])
+    page.write(args.docs / "results.html", "The ablation in the toy world", f"""
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are multiples of the real
 data's.</p>
@@ -460,8 +455,7 @@ data's.</p>
                   dict(zip((prompts[i] for i in page.shown(prompts)), videos)))}
 {"".join(section(measured, question) for question in others)}
 <h2>Which weights do finished students give to each kind of real videos?</h2>
-{"".join(map(page.table, kinds(measured)))}"""), encoding="utf-8")
-    print(f"open {args.docs / 'results.html'}")
+{kinds}""")
 
 
 def blocks(measured):
@@ -476,15 +470,6 @@ def blocks(measured):
         "claims": page.markdown(claims),
         "answers": "\n".join(f"- **{question['asks']}** {told(measured, question['answer'])}"
                              for question in questions)}
-
-
-def kinds(measured):
-    """A table for each of two students: kinds of real videos, and their mean weights."""
-    for row in {"avd", "mixed"} & measured.conditions["rows"].keys():
-        weights = [line["weights"] for line in measured.of_row(row)]
-        yield [[measured.title(row), *(f"t = {t}" for t in TIMESTEPS)],
-               *([kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
-                 for kind in weights[0])]
 
 
 def section(measured, question):

@@ -56,7 +56,7 @@ def run(args):
         print(f"{part} ...", flush=True)
         figures[part] = globals()[f"bench_{part}"]() | {"machine": machine()}
         RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks(figures)), encoding="utf-8")
+    fill(PAGE, blocks(figures))
     print(json.dumps(figures))
 
 

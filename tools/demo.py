@@ -11,6 +11,7 @@ command resumes them. Once both have finished, the command only draws the page a
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +39,6 @@ from tools import page
 TRAIN = Path(__file__).parents[1] / "train.py"
 DEMO_SEED = 1001  # of the page's prompts and noise: no training run uses it
 PROMPTS, BATCH_SIZE = 48, 16
-TEACHER_STEPS = 50
 RUNS = {  # name, colour in charts, and flags of train.py
     "dmd": ("DMD", "#e0722f", ["--lambda-reg", "0", "--lambda-temp", "0"]),
     "avd": ("AVD", "#3b82d6", [])}
@@ -98,18 +98,12 @@ def distil(args):
         raise ValueError(f"AVD: exit code {avd}; its error is printed above")
 
 
-# ---------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------
-
-
 class Column(NamedTuple):
-    """A sampler's videos `[b, 3, f, h, w]`, and the seconds that it takes for one."""
+    """A sampler's videos `[b, 3, f, h, w]`."""
 
     name: str
-    steps: str
+    text: str
     videos: torch.Tensor
-    seconds: float = 0.0
 
 
 def write_report(args):
@@ -130,14 +124,11 @@ def write_report(args):
         charts += page.chart(figure, f"Healthy: {healthy}")
     sheet.savefig(args.out / "curves.png", dpi=80)
 
-    videos = page.video_table(
-        [f"{c.name}\n{c.steps}\n{c.seconds:.2g} s" for c in columns],
-        {prompts[i]: [page.moving_picture(c.videos[i]) for c in columns] for i in shown})
-    (args.out / "report.html").write_text(page.html(
-        f"From {teacher.steps} to {avd.steps}", f"""
-<p>Two students learned from one toy teacher. <b>DMD</b> is plain distribution matching, <b>AVD</b>
-the full method. After {len(logs["avd"])} updates, AVD draws a video
-{teacher.seconds / avd.seconds:.0f} times faster than the teacher.</p>
+    videos = page.video_table([f"{c.name}\n{c.text}" for c in columns], {
+        prompts[i]: [page.moving_picture(c.videos[i]) for c in columns] for i in shown})
+    page.write(args.out / "report.html", "From 50 guided steps to 4", f"""
+<p>Two students learned from one toy teacher in {len(logs["avd"])} updates. <b>DMD</b> is plain
+distribution matching, <b>AVD</b> the full method.</p>
 <h2>The same prompts, the same noise</h2>{videos}
 <p class=note>Seconds are for one video in a batch of {BATCH_SIZE}. A guided step is two forwards of
 the network, a step of a student one.</p>
@@ -145,8 +136,7 @@ the network, a step of a student one.</p>
 <p class=note>Means over {PROMPTS} prompts, read from the pixels, as multiples of the real data's.
 One prompt makes {1 / PROMPTS:.2f}, so small differences mean nothing.</p>
 <h2>Training</h2><div class=charts>{charts}</div>
-<h2>Set-up</h2>{setup(args)}"""), encoding="utf-8")
-    print(f"open {args.out / 'report.html'}")
+<h2>Set-up</h2>{setup(args)}""")
 
 
 def sample_all(args, prompts):
@@ -158,15 +148,14 @@ def sample_all(args, prompts):
     text, null_text = codec.encode_text(prompts).to(device), codec.encode_text([""]).to(device)
 
     def guided(noise, text, generator):
-        return adavid.sample_teacher(teacher, noise, text, null_text, TEACHER_STEPS,
-                                     config.guidance_scale)
+        return adavid.sample_teacher(teacher, noise, text, null_text, 50, config.guidance_scale)
 
     def few(student, interpolator=None):
         return lambda noise, text, generator: adavid.sample(student, noise, text, config,
                                                             interpolator, generator)
 
     steps = f"{len(config.timesteps)} steps"
-    samplers = [("Teacher", f"{TEACHER_STEPS} guided steps", guided),
+    samplers = [("Teacher", "50 guided steps", guided),
                 ("Teacher in few steps", f"{steps}, not distilled", few(teacher)),
                 ("DMD", steps, few(dmd)), ("AVD", steps, few(avd))]
     if interpolator is not None:
@@ -178,7 +167,7 @@ def sample_all(args, prompts):
         latents = torch.cat(list(sample_batches(sampler, text, codec.latent_shape(), DEMO_SEED,
                                                 BATCH_SIZE)))
         seconds = (time.perf_counter() - start) / len(latents)
-        yield Column(name, how, codec.decode(latents.cpu()), seconds)
+        yield Column(name, f"{how}\n{seconds:.2g} s", codec.decode(latents.cpu()))
 
 
 def scores(columns, prompts):
@@ -203,10 +192,6 @@ def setup(args):
                 [name, value, dmd[name], avd[name]] for name, value in paper.items()
                 if not value == dmd[name] == avd[name])]))
 
-
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
 
 CHARTS = (  # title, name in the log (of AVD's, the start of four), and what is healthy
     ("Distribution matching: size of the gradient", "dmd",
@@ -248,8 +233,8 @@ def draw_gif(path, columns, prompts):
     canvas, pictures, frames = FigureCanvasAgg(figure), [], []
     grid = figure.subplots(len(prompts), len(columns))
     for axes, column in zip(grid[0], columns):
-        axes.set_title(f"{column.name.partition(',')[0]}\n{column.steps.partition(',')[0]}",
-                       color="white")
+        name, steps = (re.split("[,\n]", text)[0] for text in (column.name, column.text))
+        axes.set_title(f"{name}\n{steps}", color="white")
     for row, (i, prompt) in zip(grid, prompts.items()):
         row[0].set_ylabel(prompt.replace(" moving", "\nmoving"), color="white", rotation=0,
                           ha="right", va="center")

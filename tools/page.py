@@ -37,6 +37,7 @@ th, td { padding: .35rem .4rem; vertical-align: top; text-align: left; font-weig
 .numbers th, .numbers td, .words th, .words td { border-bottom: 1px solid #7774 }
 .numbers :is(td, thead th + th) { text-align: right; font-variant-numeric: tabular-nums }
 .numbers td { white-space: nowrap }
+.numbers tbody th { min-width: 8rem }
 .videos { max-width: 60rem; table-layout: fixed }
 .videos thead th { white-space: pre-line }
 .videos img { display: block; width: 100%; image-rendering: pixelated }
@@ -50,14 +51,16 @@ class Html(str):
     """A cell of a table that is HTML already, and is not escaped."""
 
 
-def html(title, body):
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+def write(file, title, body):
+    """Write an HTML page."""
+    file.write_text(f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>{escape(title)}</h1>
+<body><h1>{title}</h1>
 {body}
 </body></html>
-"""
+""", encoding="utf-8")
+    print(f"open {file}")
 
 
 def table(rows, kind="numbers"):
@@ -115,10 +118,12 @@ def markdown(rows):
     return "\n".join([heads, "|---" * len(rows[0]) + "|", *body])
 
 
-def fill(text, blocks):
-    """Replace what stands between `<!-- name -->` and `<!-- end -->` by `blocks[name]`."""
+def fill(file, blocks):
+    """Replace what a file has between `<!-- name -->` and `<!-- end -->` by `blocks[name]`."""
     def filled(match):
         start, name, end = match.groups()
         return f"{start}\n{blocks[name]}\n\n{end}" if name in blocks else match[0]
 
-    return re.sub("(<!-- (.+?) -->\n).*?(<!-- end -->)", filled, text, flags=re.DOTALL)
+    text = re.sub("(<!-- (.+?) -->\n).*?(<!-- end -->)", filled,
+                  file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    file.write_text(text, encoding="utf-8")

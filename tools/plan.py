@@ -82,11 +82,6 @@ def main(argv=None):
     return cli.run(lambda args: programs[type(args)](args), Distill | Sample | Tables, argv)
 
 
-# ---------------------------------------------------------------------------------------------
-# Counting
-# ---------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
     """A cycle on one GPU, with checkpointing: `[FLOPs, kept bytes, working bytes]`.
@@ -158,11 +153,6 @@ def memory(config, gpus=1, lora=0):
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
-
-
-# ---------------------------------------------------------------------------------------------
-# Plans
-# ---------------------------------------------------------------------------------------------
 
 
 def latent_shape(args):
@@ -258,24 +248,23 @@ def plan_sample(args):
 
 
 def write_tables(_):
-    block = "\n\n".join(table(preset, name) for preset, name in (
-        ("wan-1.3b", "Wan2.1-1.3B"), ("wan-14b", "Wan2.1-14B")))
-    print(block)
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), {"plan": block}), encoding="utf-8")
-
-
-def table(preset, name):
     """Videos of Wan's default size, and 24 of them in each update, as in the paper."""
-    rows = [[name, "GPUs", "GB on each", "smallest card", "PFLOPs of a cycle, on each", "hours"]]
-    for lora, how in ((0, "whole models"), (64, "LoRA, rank 64")):
-        for gpus in (1, 8, 24):
-            parts, flops, _, hours = distillation(
-                Distill(preset, lora=lora, gpus=gpus, accumulate=24 // gpus))
-            needed = sum(parts.values())
-            card = next((f"{gb} GB" for gb in CARDS if needed <= USABLE * gb * 1e9), "none")
-            rows.append([how, str(gpus), f"{needed / 1e9:.1f}", card, f"{flops / 1e15:,.0f}",
-                         f"{hours:,.0f}"])
-    return markdown(rows)
+    tables = []
+    for preset, name in (("wan-1.3b", "Wan2.1-1.3B"), ("wan-14b", "Wan2.1-14B")):
+        rows = [[name, "GPUs", "GB on each", "smallest card", "PFLOPs of a cycle, on each",
+                 "hours"]]
+        for lora, how in ((0, "whole models"), (64, "LoRA, rank 64")):
+            for gpus in (1, 8, 24):
+                parts, flops, _, hours = distillation(
+                    Distill(preset, lora=lora, gpus=gpus, accumulate=24 // gpus))
+                needed = sum(parts.values())
+                card = next((f"{gb} GB" for gb in CARDS if needed <= USABLE * gb * 1e9), "none")
+                rows.append([how, str(gpus), f"{needed / 1e9:.1f}", card, f"{flops / 1e15:,.0f}",
+                             f"{hours:,.0f}"])
+        tables.append(markdown(rows))
+    block = "\n\n".join(tables)
+    print(block)
+    fill(PAGE, {"plan": block})
 
 
 if __name__ == "__main__":
