@@ -114,12 +114,12 @@ def fork(program, argv, log, limit=None):
     """
     pid = os.fork()
     if pid:
-        with suppress(OSError):  # the child may have done so itself, or be gone
+        with suppress(OSError):  # the child may have done this already, or have ended
             os.setpgid(pid, pid)
         return pid
     try:
         os.setpgid(0, 0)  # so that a kill also reaches the processes that it starts
-        tqdm.set_lock(threading.RLock())  # forks share tqdm's own, and one may die while it has it
+        tqdm.set_lock(threading.RLock())  # forks share tqdm's own: one that dies with it stops all
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         if limit:
@@ -136,11 +136,14 @@ def fork(program, argv, log, limit=None):
         os._exit(code if isinstance(code, int) else 98)
 
 
-def wait(pid, seconds=600):
-    """The exit code, or minus the signal, and the peak of memory in bytes.
+def start(stage, out, log, *flags, limit=None):
+    """Start a stage's run, or resume it."""
+    program, stage_flags = STAGES[stage]
+    return fork(program, [*shlex.split(stage_flags), "--out", out, *flags], log, limit)
 
-    A process that takes longer than `seconds` is killed.
-    """
+
+def wait(pid, seconds=600):
+    """The exit code, or minus the signal, and the peak memory in bytes. Kills after `seconds`."""
     until = time.monotonic() + seconds
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -154,7 +157,7 @@ def wait(pid, seconds=600):
 
 
 def kill_group(pid):
-    """Kill a process with -9, and those that it has started."""
+    """Kill a process and those that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -169,18 +172,16 @@ def kill(stage, args):
 
     If that run ends before it has been killed often enough, another one begins.
     """
-    program, flags = STAGES[stage]
-    flags = shlex.split(flags)
     outs, whole = [Path(f"{stage}-killed-0")], Path(f"{stage}-whole")
     began = time.monotonic()
-    code, _ = wait(fork(program, [*flags, "--out", whole], "whole.log"))
+    code, _ = wait(start(stage, whole, "whole.log"))
     length = time.monotonic() - began
     if code:
         return [f"{stage}: {Path('whole.log').read_text()[-300:]}"]
     random_moment, in_saves, codes = random.Random(f"{args.seed} {stage}"), 0, Counter()
     while codes[-9] < args.kills or not in_saves:
         before = half_written(outs[-1])
-        pid = fork(program, [*flags, "--out", outs[-1]], "killed.log")
+        pid = start(stage, outs[-1], "killed.log")
         if codes.total() % 4 == 3:
             until = time.monotonic() + length
             while half_written(outs[-1]) <= before and time.monotonic() < until:
@@ -195,7 +196,7 @@ def kill(stage, args):
             outs.append(Path(f"{stage}-killed-{len(outs)}"))
         elif code != -9 or codes.total() > 10 * args.kills:
             break
-    code, _ = wait(fork(program, [*flags, "--out", outs[-1]], "killed.log"))
+    code, _ = wait(start(stage, outs[-1], "killed.log"))
     print(f"{stage}: killed {codes[-9]} times, {in_saves} of them while it saved")
     if code or codes.keys() - {0, -9} or not in_saves:
         return [f"{stage} after kills: {codes}, {Path('killed.log').read_text()[-300:]}"]
@@ -237,21 +238,19 @@ def differences(whole, out):
 
 def fill_disk():
     """Limit the size of files, which stands in for a full disk: what goes wrong."""
-    (program, flags), out, log = STAGES["distill"], Path("full"), Path("full.log")
-    argv = [*shlex.split(flags), "--out", out]
-    wait(fork(program, [*argv, "--steps", "4"], log))
+    out, log = Path("full"), Path("full.log")
+    wait(start("distill", out, log, "--steps", 4))
     size = max(file.stat().st_size for file in out.glob("checkpoints/*/*"))
     for limit in (size // 2, (out / "metrics.jsonl").stat().st_size + 100, size // 100):
-        code, _ = wait(fork(program, argv, log, limit))
+        code, _ = wait(start("distill", out, log, limit=limit))
         *_, last = log.read_text().splitlines()
         if code != 2 or "error: full/" not in last or os.strerror(errno.EFBIG) not in last:
             yield f"a full disk, after {limit} bytes: code {code}, {last}"
-    code, _ = wait(fork(program, argv, log))
+    code, _ = wait(start("distill", out, log))
     yield from (f"after a full disk: {problem}" for problem in (
         [f"code {code}"] if code else differences(Path("distill-whole"), out)))
 
-    program, flags = STAGES["encode"]
-    code, _ = wait(fork(program, [*shlex.split(flags), "--out", "full-encode"], log, 1000))
+    code, _ = wait(start("encode", "full-encode", log, limit=1000))
     if code != 2 or "Traceback" in log.read_text():
         yield f"a full disk while encoding: code {code}, {log.read_text()[-500:]}"
     print("disk full: three times while training, then to the end; once while encoding")
