@@ -1,20 +1,21 @@
 """Adaptive Video Distillation (AVD): a 50-step guided video diffusion model becomes a 4-step one.
 
-The whole method, in the paper's order. A model is anything with
+The whole method, in the paper's order. A model is any callable
 
     velocity = model(x_t, t, text)
 
-so the same lines serve a toy of 0.7M parameters, Wan2.1-14B, a sharded or a LoRA-wrapped model, and
-a Gaussian whose scores are known in closed form. Three models take part:
+which, for steps at a lower frame rate, also takes `frame_stride`. So the same code serves a toy of
+0.7M parameters, Wan2.1-14B, a sharded or a LoRA-wrapped model and, in the tests, a Gaussian whose
+scores are known in closed form. Three diffusion models take part:
 
     student   G_omega   the few-step generator that we train; it starts as a copy of the teacher
-    teacher   s_real    the pretrained model, frozen
-    critic    s_fake    learns the scores of the student's own videos as the student changes; it
-                        starts as a copy of the teacher, too
+    teacher   s_real    the pretrained model, frozen and guided
+    critic    s_fake    is trained throughout on the student's current videos; it starts as a copy
+                        of the teacher, and is not guided: it must describe these videos as they are
 
-Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` is the
-prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: one
-torch.Generator for the whole batch, or a list with one for each sample.
+Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` holds the
+prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: None for
+torch's global generator, one torch.Generator for the whole batch, or a list with one per sample.
 
 Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867.
 """
@@ -39,48 +40,48 @@ import kernels
 
 @dataclass(frozen=True)
 class AVDConfig:
-    """The method's numbers, with the paper's symbols."""
+    """The method's numbers. The paper's symbol is given where its name differs."""
 
     timesteps: tuple[float, ...] = (1000, 900, 757, 522)
-    """the student's steps, from noise to video"""
+    """timesteps of the student's steps, noisiest first"""
     strides: tuple[int, ...] = (2, 2, 1, 1)
-    """for sampling: at stride s, a step sees every s-th frame (section 3.3)"""
+    """frame stride of each step in sampling: 2 keeps every second frame (section 3.3)"""
     train_strides: tuple[int, ...] = (1, 1, 1, 1)
-    """for training; the paper trains at the full frame rate"""
+    """frame stride of each step in training: the paper trains at the full frame rate"""
     guidance_scale: float = 5.0
-    """of the teacher: uncond + guidance_scale * (cond - uncond)"""
+    """scale of the teacher's guidance: uncond + guidance_scale * (cond - uncond)"""
     shift: float = 5.0
-    """shifts the random timesteps of distribution matching and of the critic towards noise"""
+    """how far the random timesteps of L_KL and of the critic are shifted towards noise"""
     t_range: tuple[float, float] = (20, 980)
-    """range that these timesteps are clamped to"""
+    """bounds of the random timesteps of L_KL and of the critic"""
     lambda_reg: float = 2.0
-    """lambda_reg: weight of the adaptive regression (eq. 9)"""
+    """weight of the adaptive regression (eq. 9)"""
     k: float = 3.0
-    """k: how sharply the weight falls as a loss exceeds its mean (eq. 7); in units of 1 / loss"""
+    """how sharply the adaptive weight falls as a loss exceeds its mean (eq. 7)"""
     ema_decay: float = 0.95
-    """omega: decay of the Loss Mean Cache (eq. 6)"""
+    """decay of the Loss Mean Cache (eq. 6; omega)"""
     lambda_temp: float = 0.05
-    """lambda_temp: weight of the temporal regularisation (eq. 9)"""
+    """weight of the temporal regularisation (eq. 9)"""
     temporal_eps: float = 1e-6
-    """theta: keeps the logarithm of a still video finite (eq. 8)"""
+    """added inside the logarithm, so that a still video has a finite loss (eq. 8; theta)"""
     temporal_truncation: float = 0.6
-    """a sample whose L_temp is at or below this counts zero, any other in full"""
+    """samples whose L_temp is at or below this level move enough and are left out"""
     critic_updates: int = 5
-    """critic updates after each update of the student"""
+    """updates of the critic after each update of the student"""
     lr: float = 2e-6
     """learning rate of the student (AdamW)"""
     critic_lr: float = 2e-6
     """learning rate of the critic (AdamW)"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment"""
+    """AdamW's decay rates of the gradient's moments"""
     weight_decay: float = 0.01
     """AdamW's weight decay"""
     grad_clip: float = 10.0
-    """gradients are clipped to this norm"""
+    """gradients are clipped to this norm, the student's and the critic's separately"""
 
     def __post_init__(self):
-        if not self.timesteps or list(self.timesteps) != sorted(set(self.timesteps), reverse=True) \
-                or not 0 < self.timesteps[-1] <= self.timesteps[0] <= 1000:
+        decreasing = self.timesteps and all(a > b for a, b in pairwise((*self.timesteps, 0)))
+        if not decreasing or self.timesteps[0] > 1000:
             raise ValueError(f"timesteps {self.timesteps} must decrease within (0, 1000]")
         for name in ("strides", "train_strides"):
             strides = getattr(self, name)
@@ -96,11 +97,12 @@ class AVDConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     def to_json(self):
-        """All numbers as a string, to be stored in the metadata of weights."""
+        """All numbers in a string, which is stored in the metadata of weights."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text):
+        """Of `to_json`; numbers that are missing have their defaults."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value
                       for name, value in json.loads(text).items()})
 
@@ -116,7 +118,7 @@ def sigma_of(t):
 
 
 def add_noise(x0, noise, t):
-    """x_t, the video noised to time t, in the dtype of `x0`."""
+    """The video noised to time t, x_t, in the dtype of `x0`."""
     return ((1 - sigma_of(t)) * x0 + sigma_of(t) * noise).to(x0.dtype)
 
 
@@ -126,7 +128,7 @@ def velocity_to_x0(v, x_t, t):
 
 
 def predict_velocity(model, x_t, t, text, stride=1):
-    """The model's velocity. At stride s, `x_t` holds every s-th frame; the model is told s."""
+    """The model's velocity. If `x_t` holds only every s-th frame, `frame_stride` tells it so."""
     return model(x_t, t, text) if stride == 1 else model(x_t, t, text, frame_stride=stride)
 
 
@@ -136,56 +138,61 @@ def predict_x0(model, x_t, t, text, stride=1):
 
 
 def shifted(u, shift):
-    """Move u in [0, 1] towards 1, that is, towards noise: s u / (1 + (s - 1) u)."""
+    """Move u in [0, 1] towards 1, that is, towards noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def draw(random, shape, like, generator=None):
-    """`random(shape)` (torch.rand or torch.randn) on the device of `like`, float32 at least.
+    """Random numbers `random(shape)`, by torch.rand or torch.randn, on the device of `like`.
 
-    With a list of generators, one for each sample, a sample gets the same numbers in any batch and
-    on any rank. Numbers are drawn on the generator's device, then moved.
+    They are float32, or wider if `like` is. With a list of generators, one for each sample, a
+    sample gets the same numbers in any batch and on any rank. Numbers are drawn on the generator's
+    device, then moved: a CPU generator gives the same numbers everywhere.
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
         return torch.cat([draw(random, (1, *shape[1:]), like, g) for g in generator])
     device = like.device if generator is None else generator.device
-    dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 has no 757: it rounds to 756
+    dtype = torch.promote_types(like.dtype, torch.float32)
     return random(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
-def draw_timesteps(x0, config, generator=None):
-    """Random times `[b]` for comparing distributions: uniform, then shifted and clamped."""
+def random_timesteps(x0, config, generator=None):
+    """Random t `[b]` for L_KL and for the critic: uniform, then shifted and clamped."""
     u = draw(torch.rand, x0.shape[:1], x0, generator)
     return (1000 * shifted(u, config.shift)).clamp(*config.t_range)
 
 
 # ---------------------------------------------------------------------------------------------
-# Distribution matching, L_KL (eq. 4): the student's videos become those that the teacher draws
+# Distribution matching, L_KL (eq. 4): the student's distribution moves to the guided teacher's
 # ---------------------------------------------------------------------------------------------
 
 
 def guide(cond, uncond, scale):
-    """Classifier-free guidance."""
+    """Classifier-free guidance, of velocities or of predictions."""
     return uncond + scale * (cond - uncond)
 
 
 def guided_velocity(model, x_t, t, text, null_text, scale):
-    """`null_text` `[1 or b, l', d]` is the embedding of the empty (or the negative) prompt."""
+    """The model's velocity with classifier-free guidance.
+
+    null_text: the embedding of the empty or the negative prompt, `[1 or b, l', d]`.
+    """
     null_text = null_text.expand(len(x_t), -1, -1)
     return guide(model(x_t, t, text), model(x_t, t, null_text), scale)
 
 
 def dmd_gradient(x0, x0_fake, x0_real):
-    """Eq. 4: the gradient in the student's video `x0`; descent moves against it.
+    """Eq. 4: the gradient with respect to the student's video `x0`. Descent moves against it.
 
         g = (x0_fake - x0_real) / mean_{c,f,h,w} |x0 - x0_real|
 
-    `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from one noised
-    `x0`. A step against g leads away from what the student's videos look like and towards what the
-    teacher would have drawn. Computed in float32, with one normaliser for each sample. 0 / 0 is 0.
-    A value that is not finite stays so.
+    `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from the same
+    noised `x0`. Moving against g leads away from what the student already generates and towards
+    what the teacher would generate. The normaliser makes gradients comparable between timesteps:
+    at high noise predictions lie far from `x0`. Float32, one normaliser for each sample. 0 / 0
+    gives 0; NaN and inf pass through, so that the caller can skip the update.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -193,24 +200,24 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
 
 def dmd_loss(x0, gradient):
-    """A loss whose gradient in `x0` is `gradient / x0.numel()`.
+    """A loss whose gradient with respect to `x0` is `gradient / x0.numel()`.
 
-    Its value, half the mean square of `gradient`, is not the KL divergence that descent lowers. It
-    tells by how much critic and teacher disagree. In bfloat16, `x0 - gradient` would round to `x0`.
+    Its value is half the mean square of `gradient`: by how much critic and teacher disagree. It is
+    not the KL divergence. Float32, because bfloat16 rounds `x0 - gradient` to `x0`.
     """
     x0 = x0.float()
     return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`: a scalar with the gradient of eq. 4."""
+    """L_KL of the student's videos `x0`, a scalar; its gradient is that of eq. 4."""
     with torch.no_grad():
-        t = draw_timesteps(x0, config, generator)
+        t = random_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
         x0_fake = predict_x0(critic, x_t, t, text)
         v_real = guided_velocity(teacher, x_t, t, text, null_text, config.guidance_scale)
         gradient = dmd_gradient(x0, x0_fake, velocity_to_x0(v_real, x_t, t))
-    return dmd_loss(x0, gradient)
+    return dmd_loss(x0, gradient)  # a loss with this gradient
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,22 +226,24 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
 
 
 def regression_loss(student, x0, text, step, config, stride=1, generator=None):
-    """L_reg (eq. 5), `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
+    """L_reg (eq. 5) `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
 
-    `step` `[b]` indexes the timesteps. The paper writes the error of epsilon, which at sigma = 1
-    says nothing about x0; that of the velocity does. At stride s, only every s-th frame takes part.
+    `step` `[b]` indexes the student's timesteps. At stride s, only every s-th frame is used. The
+    paper writes the error of epsilon; but at sigma = 1 the input is epsilon, and only the error of
+    the velocity says something about x0.
     """
     x0 = x0[:, :, ::stride]
     noise = draw(torch.randn, x0.shape, x0, generator)
+    # In the noise's dtype, at least float32: bfloat16 rounds 757 to 756.
     t = torch.tensor(config.timesteps, dtype=noise.dtype, device=x0.device)[step]
     v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
     return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))
 
 
-def draw_regression_steps(x0, step, strides, generator=None):
-    """A step `[b]` for each real video, among the steps with the same stride as `step`.
+def random_regression_steps(x0, step, strides, generator=None):
+    """A random step `[b]` for each real video, among the steps with the same stride as `step`.
 
-    So all videos of the batch have the same length. As `step` is uniform, each of these is as well.
+    The batch thus has one length. If `step` is uniform over all steps, so is each result.
     """
     candidates = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
                               device=x0.device)
@@ -247,8 +256,8 @@ class LossMeanCache(nn.Module):
 
     Eq. 6: Lbar <- omega Lbar + (1 - omega) L      Eq. 7: w = 1 - sigmoid(k (L - Lbar))
 
-    A video whose loss exceeds its step's mean lies far from what the student can draw. Fitting it
-    would pull the student to the middle between two distributions, so it gets a smaller weight.
+    A video whose loss exceeds its step's mean lies far from what the student can generate. Fitting
+    it would pull the student to a compromise of two distributions, so it gets a smaller weight.
     """
 
     def __init__(self, num_steps, decay=0.95, k=3.0):
@@ -271,9 +280,9 @@ class LossMeanCache(nn.Module):
 
     @torch.no_grad()
     def update(self, step, loss):
-        """Eq. 6, once for each step that occurs, with its mean loss over the batches of all ranks.
+        """Eq. 6, once for each step that occurs, with that step's mean loss over all ranks.
 
-        A step's first loss becomes its mean.
+        The first such loss becomes the mean itself.
         """
         at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
         sums_and_counts = torch.stack([torch.where(at_step, loss.float()[:, None], 0.0).sum(0),
@@ -295,12 +304,12 @@ class LossMeanCache(nn.Module):
 def temporal_loss(x0, eps=1e-6, truncation=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
-    The truncation is a gate: a sample at or below it moves enough and adds neither value nor
-    gradient. A sample above it counts in full.
+    The paper's truncation is a gate: a sample whose loss is at or below it moves enough and
+    contributes neither value nor gradient. A sample above it counts in full.
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:
-        loss = torch.where(loss <= truncation, 0.0, loss)  # in this order NaN is not hidden
+        loss = torch.where(loss <= truncation, 0.0, loss)  # `<=`, so that NaN stays
     return loss.mean()
 
 
@@ -310,36 +319,42 @@ def temporal_loss(x0, eps=1e-6, truncation=None):
 
 
 def critic_loss(critic, x0, text, config, generator=None):
-    """Flow matching on the student's videos `x0`, with timesteps drawn as for L_KL: a scalar."""
+    """Flow matching on the student's videos `x0`, a scalar. Timesteps are drawn as for L_KL."""
     x0 = x0.detach()
-    t = draw_timesteps(x0, config, generator)
+    t = random_timesteps(x0, config, generator)
     noise = draw(torch.randn, x0.shape, x0, generator)
     return F.mse_loss(critic(add_noise(x0, noise, t), t, text).float(), (noise - x0).float())
 
 
 # ---------------------------------------------------------------------------------------------
-# Backward simulation (DMD2, section 4.5): the student trains on videos from its own few steps
+# Backward simulation (section 4.5 of DMD2): the student trains on videos from its own few steps
 # ---------------------------------------------------------------------------------------------
+
+
+def strides_for(strides, interpolator):
+    """The strides, or without an interpolator all ones: nothing could fill in the frames."""
+    return strides if interpolator is not None else (1,) * len(strides)
 
 
 def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
     """Predict x0 at each of the `timesteps`, starting from pure noise; return the last prediction.
 
     Between steps, the prediction is renoised to the next timestep. A step with stride s sees every
-    s-th frame. Where the next stride is smaller, the interpolator fills in the frames
-    between; the result is at the full rate. Without an interpolator, every step is at the full
-    rate. Gradients, if enabled, flow through the last step only.
+    s-th frame. Where the next stride is smaller, the interpolator first fills in the frames between
+    them. The returned video is always at the full frame rate. Gradients, if enabled, flow through
+    the last step only.
     """
-    strides = strides if interpolator is not None else (1,) * len(timesteps)
+    strides = strides_for(strides, interpolator)
     if (noise.shape[2] - 1) % strides[0]:
         raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
                          f"number of frames must be 1 modulo {strides[0]}")
-    t_dtype = torch.promote_types(noise.dtype, torch.float32)
+    t_dtype = torch.promote_types(noise.dtype, torch.float32)  # bfloat16 rounds 757 to 756
     times = [torch.full((len(noise),), t, dtype=t_dtype, device=noise.device) for t in timesteps]
     x_t, grad = noise[:, :, ::strides[0]], torch.is_grad_enabled()
     for i, t in enumerate(times):
         last = i + 1 == len(times)
-        stride, next_stride = strides[i], 1 if last else strides[i + 1]
+        stride = strides[i]
+        next_stride = 1 if last else strides[i + 1]
         with torch.set_grad_enabled(grad and last):
             x0 = predict_x0(model, x_t, t, text, stride)
             while stride > next_stride:  # each call doubles the frame rate
@@ -352,8 +367,8 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
     """The student's video `b c f h w` as step number `step` predicts it, starting from pure noise.
 
-    In training, the student thus sees what it will see in sampling. Only `step` has gradients; they
-    flow through the interpolator as well if that step runs at a lower frame rate.
+    The student thus trains on its own predictions, as in sampling, though at `train_strides`.
+    Gradients flow through this step only, and through the interpolator if it follows the step.
     """
     return few_steps(student, noise, text, config.timesteps[:step + 1],
                      config.train_strides[:step + 1], interpolator, generator)
@@ -366,13 +381,13 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
 
 def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
                    interpolator=None, generator=None):
-    """Yield the loss of one batch in two terms, each with a dict of its detached parts.
+    """Yield the loss of one batch in two terms, each with a dict of detached values.
 
     Call backward on each term as it comes: then only one term's activations are in memory.
-    real: real videos `[b, c, f, h, w]`; `text` holds the embeddings of their prompts.
-    step: number of the step to train, the same for the whole batch and on every rank.
-    cache: the LossMeanCache, which weighs here and is not changed. After the optimizer's step, call
-        `cache.update(reg_step, reg)` with these parts of all the update's batches.
+    real: real videos `[b, c, f, h, w]`, of which `text` describes each.
+    step: index of the student's step to train, the same for the whole batch and on every rank.
+    cache: the LossMeanCache, which is only read here. After the optimizer's step, unless it was
+        skipped, call `cache.update` with the values `reg_step` and `reg` of all batches.
     """
     noise = draw(torch.randn, real.shape, real, generator)
     x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
@@ -383,12 +398,12 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
         "variance": kernels.temporal_variance(x0.detach()).mean()}
 
     if config.lambda_reg:
-        strides = config.train_strides if interpolator is not None else (1,) * len(config.timesteps)
-        steps = draw_regression_steps(real, step, strides, generator)
-        reg = regression_loss(student, real, text, steps, config, strides[step], generator)
-        weight = cache.weigh(steps, reg)
+        strides = strides_for(config.train_strides, interpolator)
+        reg_step = random_regression_steps(real, step, strides, generator)
+        reg = regression_loss(student, real, text, reg_step, config, strides[step], generator)
+        weight = cache.weigh(reg_step, reg)
         yield config.lambda_reg * (weight * reg).mean(), {
-            "reg": reg.detach(), "weight": weight, "reg_step": steps}
+            "reg": reg.detach(), "weight": weight, "reg_step": reg_step}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,7 +416,7 @@ class FrameInterpolator(nn.Module):
 
     The frame between two neighbours is blend * left + (1 - blend) * right + residual, where the
     UNet predicts blend and residual. Given frames are kept bit for bit. An untrained interpolator
-    returns the mean of the neighbours.
+    returns the mean of the neighbours, as its last layer starts at zero.
     """
 
     def __init__(self, channels, width=64):
@@ -450,7 +465,7 @@ class FrameInterpolator(nn.Module):
 
 
 def interpolation_loss(interpolator, x0):
-    """Drop every second frame of real latents `x0` (f odd), predict it: the mean squared error."""
+    """Mean squared error of every second frame of real latents `x0` (f odd), when it is dropped."""
     return F.mse_loss(interpolator(x0[:, :, ::2])[:, :, 1::2], x0[:, :, 1::2])
 
 
@@ -461,11 +476,11 @@ def interpolation_loss(interpolator, x0):
 
 @torch.no_grad()
 def sample(model, noise, text, config, interpolator=None, generator=None):
-    """The decoupled few-step sampler (section 3.3): noisy steps at a fraction of the frame rate.
+    """The student's sampler (section 3.3): the noisy steps run at a lower frame rate.
 
-    noise: `[b, c, f, h, w]` at the full rate. With an interpolator f must be 1 modulo the largest
-        stride (else ValueError); without one, every step runs at the full rate.
-    generator: draws one torch.randn for each renoising, of the next step's shape.
+    noise: `[b, c, f, h, w]` at the full frame rate. With an interpolator, f must be 1 modulo the
+        largest stride (else ValueError). Without one, every step runs at the full frame rate.
+    generator: of the noise that is added between steps, one torch.randn of the next step's shape.
     """
     return few_steps(model, noise, text, config.timesteps, config.strides, interpolator, generator)
 
@@ -473,26 +488,27 @@ def sample(model, noise, text, config, interpolator=None, generator=None):
 @torch.no_grad()
 def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, shift=5.0,
                    solver="euler"):
-    """Solve the flow's ODE with guidance, on a shifted grid of sigmas from 1 to 0.
+    """The teacher's sampler: solve the flow's ODE with guidance, on shifted sigmas from 1 to 0.
 
     solver: "euler", or "unipc": diffusers' multistep scheduler, as in its WanPipeline.
     """
-    x = noise.to(torch.promote_types(noise.dtype, torch.float32))  # many small steps add up
+    # In low precision, the rounding errors of many small steps would add up.
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
 
-    def velocity(t):
+    def velocity(x, t):
         return guided_velocity(model, x.to(noise.dtype), x.new_full((len(x),), t), text, null_text,
                                guidance_scale).to(x.dtype)
 
     if solver == "euler":
         for sigma, next_sigma in pairwise(shifted(torch.linspace(1, 0, steps + 1), shift).tolist()):
-            x = x + (next_sigma - sigma) * velocity(1000 * sigma)
+            x = x + (next_sigma - sigma) * velocity(x, 1000 * sigma)
     elif solver == "unipc":
-        from diffusers import UniPCMultistepScheduler  # in the extra [wan]
+        from diffusers import UniPCMultistepScheduler  # installed by the extra [wan]
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps.tolist():
-            x = scheduler.step(velocity(t), t, x).prev_sample
+            x = scheduler.step(velocity(x, t), t, x).prev_sample
     else:
-        raise ValueError(f"solver {solver!r} is unknown; there are 'euler' and 'unipc'")
+        raise ValueError(f"solver {solver!r} is unknown; choose 'euler' or 'unipc'")
     return x.to(noise.dtype)

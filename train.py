@@ -5,9 +5,9 @@
     python train.py distill      --out runs/student         adaptive video distillation
     torchrun --nproc_per_node 8 train.py distill --model Wan2.1-T2V-1.3B --data SHARDS ...
 
-A run's folder holds its checkpoints, `metrics.jsonl` with a line for each step, `times.jsonl` with
-the seconds that it took, pictures of fixed prompts in `samples/`, and at the end the model. Ctrl-C
-saves a checkpoint. The same command resumes, and ends with the weights of an unbroken run.
+A run's folder holds checkpoints, `metrics.jsonl` with a line for each step, `times.jsonl` with each
+step's duration, pictures of fixed prompts in `samples/`, and at the end the model. Ctrl-C saves a
+checkpoint. The same command resumes, and gives the same weights as an uninterrupted run.
 """
 
 import copy
@@ -31,7 +31,7 @@ from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
-from runtime.models import load_config, load_interpolator, load_models, load_sharded, save_student
+from runtime.models import load_config, load_models, load_sharded, save_student
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Run, clip_and_step, make_generator, make_generators
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
@@ -44,49 +44,49 @@ from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint
 @dataclass
 class Flags:
     out: Path
-    """folder of the run; the same command again resumes it"""
+    """folder of the run; repeat the command to resume it"""
     steps: int
-    """updates in all; for distill, cycles"""
+    """how many updates; for distill, cycles of one student and several critic updates"""
     batch_size: int
-    """videos at a time, on each GPU"""
+    """videos in a batch, on each GPU"""
     seed: int = 0
-    """of the data, the noise and the first weights"""
+    """random seed of the data, the noise and the initial weights"""
     save_every: int = 100
     """steps between checkpoints"""
     keep: int = 2
-    """checkpoints to keep; if the newest is damaged, the one before it is used"""
+    """how many of the newest checkpoints to keep; a damaged one is passed over"""
     keep_every: int | None = None
-    """also keep the checkpoints of every such number of steps"""
+    """also keep every checkpoint whose step is a multiple of this"""
     sample_every: int = 100
-    """steps between pictures of the fixed prompts"""
+    """steps between pictures of a fixed set of prompts"""
     tensorboard: bool = False
-    """also log for TensorBoard, if it is installed"""
+    """also write logs for TensorBoard, which must be installed"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """where to run"""
-    # These may change when a run is resumed.
-    free = {"out", "device", "save_every", "keep", "keep_every", "sample_every", "tensorboard"}
+    """device to run on"""
+    may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
+                  "tensorboard"}  # when a run is resumed
 
 
 @dataclass
 class Teacher(Flags):
-    """Flow matching on the toy world's real videos, with some prompts dropped for guidance."""
+    """Train the toy's teacher: flow matching on real videos, with some prompts left empty."""
 
     steps: int = 10_000
     batch_size: int = 32
     save_every: int = 500
     sample_every: int = 1000
     lr: float = 3e-3
-    """peak learning rate: warmed up over 100 steps, then brought down to zero"""
+    """peak learning rate: warmed up over 100 steps, then decayed to zero"""
     compile: bool = False
-    """torch.compile the model: a minute to start, then a quarter less time"""
+    """torch.compile the model: about a minute to compile, then faster steps"""
     score_prompts: int = 256
-    """fixed prompts that the finished teacher is scored on"""
-    free = Flags.free | {"score_prompts"}
+    """how many fixed prompts the finished teacher is scored on"""
+    may_change = Flags.may_change | {"score_prompts"}
 
 
 @dataclass
 class Interpolator(Flags):
-    """A UNet that predicts every second frame of real latents from its neighbours."""
+    """Train the frame interpolator: a UNet that predicts dropped frames of real latents."""
 
     steps: int = 2000
     batch_size: int = 32
@@ -95,47 +95,47 @@ class Interpolator(Flags):
     data: Path | None = None
     """folder of shards from tools.encode; by default the toy world"""
     lr: float = 1e-3
-    """peak learning rate: warmed up over 100 steps, then brought down to zero"""
+    """peak learning rate: warmed up over 100 steps, then decayed to zero"""
     width: int = 32
-    """channels of the UNet at full size; it has twice as many at half size"""
+    """channels of the UNet at full resolution; twice as many at half resolution"""
 
 
 @dataclass
 class Distill(Flags):
-    """Distil a teacher into a few-step student. Defaults of the method are the teacher's own."""
+    """Distil a teacher into a student. Its weights hold the defaults of the method's numbers."""
 
     steps: int = 60
     batch_size: int = 16
     save_every: int = 10
     sample_every: int = 20
     model: Path = WEIGHTS
-    """the teacher, with its interpolator beside it"""
+    """folder of the teacher; an interpolator.safetensors beside it is used"""
     data: Path | None = None
     """folder of shards from tools.encode; by default the toy world"""
     codec: Path | None = None
-    """folder with Wan's VAE, for the pictures; by default the teacher's own"""
+    """folder of Wan's VAE, for the pictures; by default the teacher's folder"""
     init_student: Path | None = None
-    """a model for the student to start from; by default the teacher"""
+    """folder of the student's initial weights; by default the teacher's"""
     accumulate: int = 1
-    """batches whose gradients make one update"""
+    """batches in an update (gradient accumulation)"""
     one_rollout: bool = False
-    """all critic updates of a cycle learn from the student update's videos, which saves time"""
+    """use the videos of the student's update for all critic updates of the cycle: faster"""
     lora: int = 0
-    """rank of adapters to train on one shared, frozen base, instead of whole models"""
+    """rank of LoRA adapters on one shared, frozen base; 0 trains whole models"""
     ema: float = 0.0
-    """decay of averaged student weights, which are then the ones that are kept; 0 for none"""
+    """decay of an average of the student's weights, which is then what is saved; 0 for none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """to compute in; auto is bfloat16 on an NVIDIA or AMD GPU. Trained weights are float32"""
+    """dtype to compute in: auto is bfloat16 on NVIDIA and AMD GPUs, float32 elsewhere"""
     gradient_checkpointing: bool | None = None
-    """recompute each block in backward: far less memory, more time; by default for shards"""
+    """recompute blocks in backward: less memory, more time; by default if --data is given"""
     avd: Annotated[AVDConfig, tyro.conf.arg(name="")] = AVDConfig()
-    # With a constant learning rate, more steps change no earlier one.
-    free = Flags.free | {"steps", "codec", "gradient_checkpointing"}
+    # The learning rate is constant, so the first cycles do not depend on --steps.
+    may_change = Flags.may_change | {"steps", "codec", "gradient_checkpointing"}
 
 
 @dataclass
-class OfTeacher:
-    """The one flag of `distill` that decides what the others default to."""
+class ModelFlag:
+    """Parsed before the others: the teacher's weights hold the defaults of the method's numbers."""
 
     model: Path = WEIGHTS
 
@@ -143,10 +143,10 @@ class OfTeacher:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        of, _ = tyro.cli(OfTeacher, args=argv, return_unknown_args=True, add_help=False,
-                         console_outputs=False)
-        defaults = Distill(tyro.MISSING, avd=load_config(of.model))
-    except (ValueError, OSError, SystemExit):  # `distill` reports it; --help needs no model
+        teacher, _ = tyro.cli(ModelFlag, args=argv, return_unknown_args=True, add_help=False,
+                              console_outputs=False)
+        defaults = Distill(tyro.MISSING, avd=load_config(teacher.model))
+    except (ValueError, OSError, SystemExit):  # reported later; --help works without a model
         defaults = Distill(tyro.MISSING)
     options = Annotated[Teacher, tyro.conf.subcommand("teacher")] | Annotated[
         Interpolator, tyro.conf.subcommand("interpolator")] | Annotated[
@@ -200,16 +200,17 @@ def train_teacher(args):
             loss = (error * (sigma / SIGMA_FLOOR).clamp(max=1) ** 2).mean()
             loss.backward()
             lr = learning_rate(args, step)
-            norm = clip_and_step(model, (muon, adamw), lr, max_norm=1.0, loss=loss.item())
+            muon.param_groups[0]["lr"] = adamw.param_groups[0]["lr"] = lr
+            norm = clip_and_step(model, (muon, adamw), 1.0, loss.item())
             if math.isfinite(norm):
-                decay = min(TEACHER_EMA, (step + 1) / (step + 30))  # soon forgets the first weights
+                decay = min(TEACHER_EMA, (step + 1) / (step + 30))  # smaller at first
                 with torch.no_grad():
                     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
                                          1 - decay)
 
             metrics = {"loss": loss.item(), "grad_norm": norm, "lr": lr}
-            if run.draws(step):
-                metrics |= pictures.draw(run.picture(step), sample)
+            if run.picture_due(step):
+                metrics |= pictures.write(run.picture(step), sample)
             run.log(step, metrics)
             run.save(step)
 
@@ -259,14 +260,14 @@ def train_interpolator(args):
             x0 = fetch(step)[0].to(device)
             loss = adavid.interpolation_loss(model, x0)
             loss.backward()
-            lr = learning_rate(args, step)
-            norm = clip_and_step(model, [optimizer], lr, max_norm=1.0, loss=loss.item())
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
+            norm = clip_and_step(model, [optimizer], 1.0, loss.item())
 
             mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2  # what the untrained UNet returns
             run.log(step, {"loss": loss.item(), "grad_norm": norm, "lr": lr,
                            "plain_mean": F.mse_loss(mean, x0[:, :, 1::2]).item()}, fetch.waited)
-            if run.draws(step) and not args.data:
-                draw_interpolated(run.picture(step), model, device)
+            if run.picture_due(step) and not args.data:
+                write_interpolated(run.picture(step), model, device)
             run.save(step)
 
     if rank() == 0:
@@ -275,7 +276,7 @@ def train_interpolator(args):
 
 
 @torch.no_grad()
-def draw_interpolated(path, model, device):
+def write_interpolated(path, model, device):
     """A contact sheet of real videos, each above its half-rate version with frames filled in."""
     codec = ToyCodec()
     real = Toy(codec, GRID_SEED).batch(range(8))[0]
@@ -292,160 +293,161 @@ def draw_interpolated(path, model, device):
 def distill(args):
     """Each cycle: one update of the student, then `critic_updates` updates of the critic.
 
-    The critic learns first from the videos of the student's own update, then from new ones.
+    The first of these reuses the videos of the student's update; the others generate new ones.
     """
     config, device, data = args.avd, init_distributed(args.device), open_data(args)
-    check(args, data)
-    teacher, student, critic = load_models(args, device)
-    averaged = load_sharded(args, args.init_student or args.model, device) if args.ema else student
-    interpolator = load_interpolator(args.model, device)
-    if interpolator is None and rank() == 0:
-        print("note: no interpolator.safetensors beside the model, so all steps are full rate")
+    check_flags(args, data)
+    models = load_models(args, device)
+    averaged = load_sharded(args, args.init_student or args.model, device) if args.ema else None
+    student_optimizer = adamw(models.student, config.lr, config)
+    critic_optimizer = adamw(models.critic, config.critic_lr, config)
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k).to(device)
-    student_optimizer, critic_optimizer = adamw(student, config), adamw(critic, config)
     null_text = data.null_text.to(device)
     fetch = Prefetch(lambda batch: data.batch(sample_indices(args, batch)))
     pictures = open_pictures(args, data, device)
 
     def sample(noise, text):
-        return adavid.sample(averaged, noise, text, config, interpolator,
+        return adavid.sample(averaged or models.student, noise, text, config, models.interpolator,
                              torch.Generator().manual_seed(args.seed))
 
-    state = {"student": student, "critic": critic, "cache": cache,
+    state = {"student": models.student, "critic": models.critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
     state |= {"ema": averaged} if args.ema else {}
     with Run(args, state) as run:
         for cycle in run.steps():
-            first = cycle * max(1, config.critic_updates)  # an update's number decides its data
-            metrics, videos = update_student(
-                args, student, student_optimizer, teacher, critic, cache, interpolator, null_text,
-                draw_step(args, first), batches(args, fetch, first, device))
+            # Each update of the critic has batches of its own, but for the first of a cycle, which
+            # shares the student's. With --one-rollout, all of a cycle's updates share them.
+            first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
+            metrics, videos = update_student(args, models, student_optimizer, cache, null_text,
+                                             load_batches(args, fetch, first, device))
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
-                for p, q in zip(averaged.parameters(), student.parameters()):
-                    p.detach().lerp_(q.detach(), 1 - args.ema)
+                with torch.no_grad():
+                    for p, q in zip(averaged.parameters(), models.student.parameters()):
+                        p.lerp_(q, 1 - args.ema)
 
             critic_metrics = []
             for update in range(first, first + config.critic_updates):
                 if update > first and not args.one_rollout:
-                    videos = rollouts(args, student, interpolator, draw_step(args, update),
-                                      batches(args, fetch, update, device))
-                critic_metrics.append(update_critic(args, critic, critic_optimizer, videos))
+                    videos = generate_videos(args, models,
+                                             load_batches(args, fetch, update, device))
+                critic_metrics.append(update_critic(args, models.critic, critic_optimizer, videos))
             metrics |= mean_metrics(critic_metrics)
 
-            if pictures and run.draws(cycle):
-                metrics |= pictures.draw(run.picture(cycle), sample)
+            if pictures and run.picture_due(cycle):
+                metrics |= pictures.write(run.picture(cycle), sample)
             run.log(cycle, metrics, fetch.waited)
             run.save(cycle)
 
-    save_student(averaged, args.out, {
+    save_student(averaged or models.student, args.out, {
         "method": "AVD", "avd": config.to_json(), "seed": str(args.seed)})
-    if interpolator is not None and rank() == 0:
+    if models.interpolator is not None and rank() == 0:
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
 
-def batches(args, fetch, update, device):
-    """The `accumulate` batches of an update: real videos, text, and a generator for each sample."""
-    for batch in range(update * args.accumulate, (update + 1) * args.accumulate):
-        real, text, _ = fetch(batch)
-        yield (real.to(device), text.to(device),
-               make_generators(args.seed, "distill", sample_indices(args, batch)))
+def update_student(args, models, optimizer, cache, null_text, batches):
+    """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
 
-
-def draw_step(args, update):
-    """The student's step that an update trains. All ranks must agree on it, or they deadlock."""
-    generator = make_generator(args.seed, "step", update)
-    return torch.randint(len(args.avd.timesteps), (), generator=generator).item()
-
-
-def update_student(args, student, optimizer, teacher, critic, cache, interpolator, null_text, step,
-                   batches):
-    """One update of the student (eq. 9): its metrics, and its videos, for the critic to learn from.
-
-    The videos are a list of (x0, text, generators), one for each of the `batches`.
+    The videos are a list with (x0, text, generators) of each batch. The critic goes on with the
+    generators where the student stopped.
     """
-    config, terms, videos = args.avd, defaultdict(list), []
-    for real, text, generators in batches:
+    config, values, videos = args.avd, defaultdict(list), []
+    for real, text, step, generators in batches:
         loss = 0
-        for part, new_terms in adavid.student_losses(
-                student, teacher, critic, cache, real, text, null_text, step, config,
-                interpolator, generators):
-            (part / args.accumulate).backward()
-            loss = loss + part.detach()
-            for name, value in new_terms.items():
-                terms[name].append(value)
-        videos.append((terms["x0"].pop(), text, generators))
-        terms["loss"].append(loss)
-        terms["data_variance"].append(kernels.temporal_variance(real).mean())
-    del terms["x0"]
-    terms = {name: torch.cat([value.view(-1) for value in values])
-             for name, values in terms.items()}
-    norm = clip_and_step(student, [optimizer], config.lr, config.grad_clip,
-                         terms["loss"].sum().item())
-    if "reg" in terms and math.isfinite(norm):
-        cache.update(terms["reg_step"], terms["reg"])
-    metrics = {name: values.mean().item() for name, values in terms.items() if name != "reg_step"}
-    metrics |= {"student_grad_norm": norm, "rollout_step": step}
-    return metrics | by_timestep(terms, cache, config), videos
+        for term, new_values in adavid.student_losses(
+                models.student, models.teacher, models.critic, cache, real, text, null_text, step,
+                config, models.interpolator, generators):
+            (term / args.accumulate).backward()
+            loss = loss + term.detach()
+            for name, value in new_values.items():
+                values[name].append(value)
+        videos.append((values.pop("x0")[0], text, generators))
+        values["loss"].append(loss)
+        values["data_variance"].append(kernels.temporal_variance(real).mean())
+    values = {name: torch.cat([part.view(-1) for part in parts]) for name, parts in values.items()}
+
+    metrics = {name: x.mean().item() for name, x in values.items() if name != "reg_step"}
+    norm = clip_and_step(models.student, [optimizer], config.grad_clip, metrics["loss"])
+    # The norm is nan if the update was skipped, as a number was not finite on some rank.
+    if "reg" in values:
+        if math.isfinite(norm):
+            cache.update(values["reg_step"], values["reg"])
+        metrics |= metrics_by_timestep(values, cache, config)
+    return metrics | {"student_grad_norm": norm, "rollout_step": step}, videos
 
 
-def by_timestep(terms, cache, config):
-    """The metrics of the regression at each of the student's timesteps."""
+def metrics_by_timestep(values, cache, config):
+    """The regression's metrics at each of the student's timesteps."""
     metrics = {}
-    for i, t in enumerate(config.timesteps if "reg" in terms else ()):
-        here = terms["reg_step"] == i
-        if here.any():
-            metrics[f"reg_{t:g}"] = terms["reg"][here].mean().item()
-            metrics[f"weight_{t:g}"] = terms["weight"][here].mean().item()
-        if here.sum() > 1:  # times k, it tells how far the weights can leave one half
-            metrics[f"reg_std_{t:g}"] = terms["reg"][here].std().item()
+    for i, t in enumerate(config.timesteps):
+        at_step = values["reg_step"] == i
+        if at_step.any():
+            metrics[f"reg_{t:g}"] = values["reg"][at_step].mean().item()
+            metrics[f"weight_{t:g}"] = values["weight"][at_step].mean().item()
+        if at_step.sum() > 1:  # k times this is the spread of the sigmoid's input in eq. 7
+            metrics[f"reg_std_{t:g}"] = values["reg"][at_step].std().item()
         metrics[f"cache_{t:g}"] = cache.means[i].item()
     return metrics
 
 
-def rollouts(args, student, interpolator, step, batches):
-    """New videos of the student for an update of the critic: (x0, text, generators) by batch."""
-    for real, text, generators in batches:
-        with torch.no_grad():
-            noise = adavid.draw(torch.randn, real.shape, real, generators)
-            x0 = adavid.backward_simulation(student, noise, text, step, args.avd, interpolator,
-                                            generators)
-        yield x0, text, generators
-
-
 def update_critic(args, critic, optimizer, videos):
-    """One update of the critic on the student's videos: its metrics."""
-    config, loss = args.avd, 0
+    """One update of the critic on videos of the student. Returns its metrics."""
+    loss = 0
     for x0, text, generators in videos:
-        part = adavid.critic_loss(critic, x0, text, config, generators) / args.accumulate
-        part.backward()
-        loss += part.item()
-    norm = clip_and_step(critic, [optimizer], config.critic_lr, config.grad_clip, loss)
+        term = adavid.critic_loss(critic, x0, text, args.avd, generators) / args.accumulate
+        term.backward()
+        loss += term.item()
+    norm = clip_and_step(critic, [optimizer], args.avd.grad_clip, loss)
     return {"critic": loss, "critic_grad_norm": norm}
 
 
-def adamw(model, config):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+def generate_videos(args, models, batches):
+    """Yield new videos of the student, as (x0, text, generators) of each batch."""
+    for real, text, step, generators in batches:
+        with torch.no_grad():
+            noise = adavid.draw(torch.randn, real.shape, real, generators)
+            x0 = adavid.backward_simulation(models.student, noise, text, step, args.avd,
+                                            models.interpolator, generators)
+        yield x0, text, generators
+
+
+def load_batches(args, fetch, update, device):
+    """Yield an update's `accumulate` batches: real videos, text, step, a generator per sample.
+
+    step: the student's step at which the rollouts end, random for each update. All ranks must agree
+        on it: with other numbers of forwards, sharded models would deadlock.
+    """
+    generator = make_generator(args.seed, "step", update)
+    step = torch.randint(len(args.avd.timesteps), (), generator=generator).item()
+    for batch in range(update * args.accumulate, (update + 1) * args.accumulate):
+        real, text, _ = fetch(batch)
+        yield (real.to(device), text.to(device), step,
+               make_generators(args.seed, "distill", sample_indices(args, batch)))
+
+
+def adamw(model, lr, config):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr,
                              betas=config.betas, weight_decay=config.weight_decay)
 
 
-def check(args, data):
-    """ValueError unless the flags, the models and the data go together."""
-    load_config(args.model)  # reports what `main` has passed over
+def check_flags(args, data):
+    """ValueError unless the flags, the models and the data fit together."""
+    load_config(args.model)  # raises the error that `main` ignored
     if args.out.resolve() == checkpoint.home(args.model).resolve():
         raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
     if args.lora and (args.ema or args.init_student):
-        raise ValueError("--lora goes with neither --ema nor --init-student")
+        raise ValueError("--lora cannot be combined with --ema or --init-student")
     if args.lora < 0 or not 0 <= args.ema < 1:
-        raise ValueError(f"--lora {args.lora}, --ema {args.ema}: a rank, and a decay below 1")
+        raise ValueError(f"--lora {args.lora} must be at least 0, --ema {args.ema} in [0, 1)")
+    there = data.latent_shape[0], data.null_text.shape[-1]
     for model in (args.model, args.init_student or args.model):
-        takes, there = WanConfig.from_pretrained(model), (data.latent_shape[0],
-                                                          data.null_text.shape[-1])
+        takes = WanConfig.from_pretrained(model)
         if (takes.in_dim, takes.text_dim) != there:
             raise ValueError(
-                f"{args.data or 'the toy world'} has {there[0]} channels and text of {there[1]}, "
-                f"but {model} takes {takes.in_dim} and {takes.text_dim}")
+                f"{args.data or 'the toy world'} has {there[0]} channels and text of width "
+                f"{there[1]}, but {model} takes {takes.in_dim} and {takes.text_dim}")
     if args.avd.lambda_reg and not data.has_videos:
-        raise ValueError(f"{args.data}: has no videos to learn from; --lambda-reg 0 does without")
+        raise ValueError(f"{args.data}: has no videos to learn from; use --lambda-reg 0 to train "
+                         f"without them")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The two memory-bound operations of the method: one name each, whatever the device.
 
-A GPU tensor (CUDA or ROCm) runs the Triton kernels. Every other one, and float64, which the kernels
-would round, runs `reference.py`, the specification they are tested against.
+A tensor on a GPU (CUDA or ROCm) runs the Triton kernels. All other tensors run `reference.py`, the
+specification that the kernels are tested against. So does float64, which the kernels would round.
 """
 
 from importlib.util import find_spec
@@ -13,8 +13,8 @@ from . import reference
 
 fused = None
 if find_spec("triton"):  # not on macOS or Windows
-    # The first import of a submodule binds its name in the package. Done here, above the functions,
-    # it leaves `kernels.temporal_variance` the function, whoever imports what later.
+    # The first import of a submodule binds its name in the package. These imports stand above the
+    # functions, so that `kernels.temporal_variance` is the function in every order of imports.
     from .interpolate import InterpolateFrames
     from .temporal_variance import TemporalVariance
 
@@ -24,45 +24,34 @@ if find_spec("triton"):  # not on macOS or Windows
 
 
 def backend(x):
-    """The one dispatch point: whose `temporal_variance` and `interpolate_frames` serve `x`."""
+    """The implementation that serves `x`: `fused` or `reference`."""
     return fused if fused and x.is_cuda and x.dtype != torch.float64 else reference
 
 
 def temporal_variance(x):
-    """Mean over c, h, w of the population variance over f, eq. 8's inner term.
+    """Mean over c, h, w of the population variance over f: the inner term of eq. 8.
 
-    x `[b, c, f, h, w]`, any strides -> `[b]`, float32 (float64 for float64); differentiable.
-    Raises ValueError unless x has those five dimensions, none of them empty.
+    x `[b, c, f, h, w]` -> `[b]`, in float32 (float64 for float64). Differentiable; takes any
+    strides. Raises ValueError unless x has five dimensions, none of them empty.
     """
     check_video("x", x)
     with torch.cuda.device(x.get_device()):  # Triton launches on the current device
         return backend(x).temporal_variance(x)
 
 
-def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
-    """Put a frame between each two of `x0` and, given noise, renoise: f -> 2f-1 frames, x0's dtype.
+def interpolate_frames(x0, blend, residual):
+    """Insert blend * left + (1 - blend) * right + residual between each two frames of `x0`.
 
-    x0 `[b, c, f, h, w]`; blend `[b, 1, f-1, h, w]` in [0, 1], the left neighbour's share; residual
-    `[b, c, f-1, h, w]`. The given frames stand bit for bit at the even places. With noise
-    `[b, c, 2f-1, h, w]` and sigma in [0, 1], one number or b, the result is
-    `(1 - sigma) * frames + sigma * noise`. Differentiable in all but sigma; any strides.
-    Raises ValueError for any other shape.
+    x0 `[b, c, f, h, w]`, blend `[b, 1, f-1, h, w]` in [0, 1], residual `[b, c, f-1, h, w]`
+    -> `[b, c, 2f-1, h, w]`, in the dtype of x0. The frames of x0 are kept bit for bit, at the even
+    places. Differentiable in all three; takes any strides. Raises ValueError for other shapes.
     """
     check_video("x0", x0)
-    if (noise is None) != (sigma is None):
-        raise ValueError("noise and sigma belong together: give both to renoise, or neither")
     b, c, f, h, w = x0.shape
     check_shape("blend", blend, (b, 1, f - 1, h, w), x0)
     check_shape("residual", residual, (b, c, f - 1, h, w), x0)
-    if noise is not None:
-        check_shape("noise", noise, (b, c, 2 * f - 1, h, w), x0)
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=dtype, device=x0.device).detach().reshape(-1)
-        if len(sigma) not in (1, b):
-            raise ValueError(f"sigma must hold one number or {b}, but holds {len(sigma)}")
-        sigma = sigma.expand(b).contiguous()
     with torch.cuda.device(x0.get_device()):
-        return backend(x0).interpolate_frames(x0, blend, residual, noise, sigma)
+        return backend(x0).interpolate_frames(x0, blend, residual)
 
 
 def check_video(name, x):

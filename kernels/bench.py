@@ -1,26 +1,28 @@
-"""`python -m kernels.bench`: the code the kernels become on five GPUs and, on a GPU, their speed.
+"""What the kernels compile to on five GPUs and, where there is a GPU, how fast they run.
 
-In bfloat16, on latents of 81 frames at 480p, or of several sizes where there is a GPU. One line for
-each compiled kernel, with the bytes it must move; one for each operation, with all it launches,
-forward and backward, in PyTorch and in Triton; last, everything as JSON.
+    python -m kernels.bench
+
+Compiling needs no GPU. The tensors are bfloat16 latents of 81 frames at 480p; timing tries larger
+ones as well. One line is printed for each compiled kernel and each timing, and then all of it as
+one line of JSON.
 """
 
 import json
 import re
 import subprocess
 import tempfile
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from . import fused, reference
+from .video import OPTIONS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -28,78 +30,66 @@ SIZES = {"480p": (1, 60, 104), "720p": (1, 90, 160), "beyond any L2": (32, 90, 1
 
 
 def wan_inputs(batch=1, height=60, width=104, device="cpu", dtype=torch.bfloat16):
-    """Operation -> its arguments, the differentiable ones first."""
-    video = lambda c, f: torch.rand(batch, c, f, height, width, device=device).to(dtype)
-    sigma = torch.rand(batch, device=device)
+    """Operation -> its arguments."""
+
+    def video(c, f):
+        x = torch.rand(batch, c, f, height, width, device=device)
+        return x.to(dtype).requires_grad_()
+
     return {
-        "temporal_variance": [video(16, 21).requires_grad_()],
-        "interpolate_frames": [
-            *(video(c, f).requires_grad_() for c, f in ((16, 11), (1, 10), (16, 10))),
-            *(video(16, 21), sigma),
-        ],
+        "temporal_variance": [video(16, 21)],
+        "interpolate_frames": [video(16, 11), video(1, 10), video(16, 10)],
     }
 
 
-def compiled(target, operation, inputs):
-    """[(kernel, bytes it must move)]: an operation's launches on `target`, forward and backward.
+# ---------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------
 
-    The launchers run on a driver that only names its target, and a launch stops at compiling: the
-    arguments are specialised, alignment included, exactly as on that GPU. A kernel moves each of
-    its tensors once, so the bytes are theirs.
+
+@contextmanager
+def compile_only(target):
+    """In this block, a launch compiles its kernel for `target` and runs nothing.
+
+    Yields the list that the kernels are added to. Triton asks its driver which GPU there is; here
+    the driver is an object that names `target`. As on that GPU, a launch specialises its kernel on
+    the arguments, alignment included. Then Triton calls a hook, which may take over the compiling.
     """
-    launches, run = [], JITFunction.run
+    kernels = []
 
-    def compile_only(self, *args, warmup, **options):
-        tensors = [arg[0] if isinstance(arg, tuple) else arg for arg in args]
-        tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
-        size = sum(x.untyped_storage().nbytes() for x in tensors)  # an expanded one has less
-        launches.append((run(self, *args, warmup=True, **options), size))
+    def hook(fn, compile, **_):
+        (attributes,) = compile["configs"]
+        source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], attributes)
+        kernels.append(triton.compile(source, target, OPTIONS))
+        return True  # so that Triton does not launch
 
-    machine = SimpleNamespace(
+    stand_in = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: str(target),
         get_current_stream=lambda device: 0,
     )
-    with (
-        mock.patch.object(driver, "_active", machine),
-        mock.patch.object(JITFunction, "run", compile_only),
-    ):
+    driver.set_active(stand_in)
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        yield kernels
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+        driver.set_active(None)  # Triton looks for the real one when it next needs it
+
+
+def compiled(target, operation, inputs):
+    """The kernels of an operation's forward and backward, compiled for `target`."""
+    with compile_only(target) as kernels:
         out = getattr(fused, operation)(*inputs)
         out.backward(torch.empty_like(out))
-    return launches
-
-
-class Launches(TorchDispatchMode):
-    """Counts what PyTorch launches: operations that compute, and the bytes they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = self.bytes = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not op.is_view and "empty" not in op.__name__:
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-            self.count, self.bytes = self.count + 1, self.bytes + sum(x.nbytes for x in tensors)
-        return out
-
-
-def launch_report():
-    # Each has inputs of its own, or the second would add its gradients to the first one's.
-    for (operation, inputs), others in zip(wan_inputs().items(), wan_inputs().values()):
-        with Launches() as eager:
-            out = getattr(reference, operation)(*inputs)
-            out.backward(torch.empty_like(out))
-        with Launches() as beside:
-            ours = compiled(TARGETS["sm_90"], operation, others)
-        ways = {"eager": (eager.count, eager.bytes), "triton": (
-            len(ours) + beside.count, sum(size for _, size in ours) + beside.bytes)}
-        for way, (count, size) in ways.items():
-            yield {"operation": operation, "way": way, "launches": count, "bytes": size}
+    return kernels
 
 
 def machine_code(kernel):
-    """Registers and scratch bytes (spills, local arrays) of a thread; instructions; accesses."""
+    """Registers and scratch bytes (spills, local arrays) of a thread; instructions, loads, stores.
+
+    `loads_16` and `stores_16` count those that move 16 bytes at once.
+    """
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -123,40 +113,58 @@ def machine_code(kernel):
     return report
 
 
-def compile_report():
+def compile_all():
     for name, target in TARGETS.items():
         for operation, inputs in wan_inputs().items():
-            for kernel, size in compiled(target, operation, inputs):
-                yield {"target": name, "kernel": kernel.name, "bytes": size} | machine_code(kernel)
+            for kernel in compiled(target, operation, inputs):
+                yield {"target": name, "kernel": kernel.name} | machine_code(kernel)
 
 
-def timing_report():
-    """Milliseconds, and the share of a plain copy's speed, after a check against the reference."""
+# ---------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------
+
+
+def forward_and_backward(function, inputs):
+    out = function(*inputs)
+    torch.autograd.grad(out, inputs, torch.empty_like(out))
+
+
+def bytes_moved(operation, inputs):
+    """The least that forward and backward can move: each reads or writes its tensors once."""
+    out = getattr(fused, operation)(*inputs)
+    saved = out.grad_fn.saved_tensors  # inputs, and what forward writes for backward
+    forward = {x.data_ptr(): x.nbytes for x in (*inputs, *saved, out)}
+    backward = [x.nbytes for x in (*saved, out, *inputs)]  # a gradient is as large as its tensor
+    return sum(forward.values()) + sum(backward)
+
+
+def time_all():
+    """Milliseconds of forward and backward, and the speed as a share of a plain copy's."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source)) / 1e6
     for size, shape in SIZES.items():
         for operation, inputs in wan_inputs(*shape, "cuda").items():
-            (_, once), (_, back) = compiled(TARGETS["sm_90"], operation, inputs)
             eager, kernel = getattr(reference, operation), getattr(fused, operation)
             torch.testing.assert_close(kernel(*inputs), eager(*inputs))
-            ways = {"eager": eager, "compile": torch.compile(eager), "triton": kernel}
-            grad, leaves = torch.rand_like(eager(*inputs)), [x for x in inputs if x.requires_grad]
-            for way, run in ways.items():
-                both = lambda: torch.autograd.grad(run(*inputs), leaves, grad)
-                passes = {"forward": (lambda: run(*inputs), once),
-                          "and backward": (both, once + back)}
-                for name, (call, moved) in passes.items():
-                    ms = triton.testing.do_bench(call)
-                    speed = {"ms": ms, "GB/s": moved / ms / 1e6, "of_copy": moved / ms / 1e6 / copy}
-                    yield {"operation": operation, "size": size, "pass": name, "way": way} | speed
+            moved = bytes_moved(operation, inputs)
+            inductor = torch.compile(eager, dynamic=False)
+            for way, function in {"eager": eager, "compile": inductor, "triton": kernel}.items():
+                ms = triton.testing.do_bench(partial(forward_and_backward, function, inputs))
+                speed = moved / ms / 1e6
+                yield {"operation": operation, "size": size, "way": way, "ms": ms, "GB/s": speed,
+                       "of_copy": speed / copy}  # fmt: skip
+
+
+def printed(rows):
+    for row in rows:
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        yield row
 
 
 if __name__ == "__main__":
-    report = {}
-    for part in [compile_report, launch_report] + [timing_report] * torch.cuda.is_available():
-        report[part.__name__] = []
-        for row in part():
-            report[part.__name__].append(row)
-            print(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    report = {"compiled": list(printed(compile_all()))}
+    if torch.cuda.is_available():
+        report["timed"] = list(printed(time_all()))
     print(json.dumps(report))

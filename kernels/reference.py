@@ -9,17 +9,13 @@ def temporal_variance(x):
     return accurate(x).var(dim=2, unbiased=False).mean(dim=(1, 2, 3))
 
 
-def interpolate_frames(x0, blend, residual, noise=None, sigma=None):
+def interpolate_frames(x0, blend, residual):
     """x_0 m_0 x_1 ... x_{f-1} with m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k."""
     frames, blend = accurate(x0), accurate(blend)
     left, right, last = frames[:, :, :-1], frames[:, :, 1:], frames[:, :, -1:]
     middle = blend * left + (1 - blend) * right + residual
     pairs = rearrange([left, middle], "two b c f h w -> b c (f two) h w")
-    frames = torch.cat([pairs, last], dim=2)
-    if noise is not None:
-        sigma = rearrange(sigma, "b -> b 1 1 1 1")
-        frames = (1 - sigma) * frames + sigma * noise
-    return frames.to(x0.dtype)
+    return torch.cat([pairs, last], dim=2).to(x0.dtype)
 
 
 def accurate(x):

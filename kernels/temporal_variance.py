@@ -2,12 +2,13 @@
 
     y_b = mean_{c,h,w} var_f x        dL/dx = dL/dy_b * 2 / (c f h w) * (x - mean_f x)
 
-Bytes: forward reads x once; backward reads it once more and writes its gradient once. Between them
-goes mean_f, one float32 per position.
+Bytes: forward reads x once; backward reads x once more and writes its gradient once. Forward leaves
+mean_f d for backward, one float32 for each position.
 
-The sums run over d = x - x_first in float32: a large mean is gone from d before anything rounds.
-var = mean d^2 - (mean d)^2, and as x_first is itself one of the f frames, (mean d)^2 <= (f - 1) var
-(Samuelson's inequality): the subtraction magnifies rounding errors f times at the very most.
+The sums run over d = x - x_first in float32. A large mean is thus subtracted before anything is
+rounded. var = mean d^2 - (mean d)^2 is accurate, because x_first is itself one of the f frames and
+therefore (mean d)^2 <= (f - 1) var (Samuelson's inequality): the subtraction magnifies rounding
+errors by a factor of f at most.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .video import OPTIONS, TILE, load, locate, rows, store
 
-FRAMES = 4  # loaded at a time, to hide the memory's latency
+FRAMES = 4  # loaded together, which hides the latency of memory
 
 
 class TemporalVariance(torch.autograd.Function):
@@ -25,13 +26,13 @@ class TemporalVariance(torch.autograd.Function):
     def forward(ctx, x):
         b, c, f, h, w = x.shape
         grid = (b * c, triton.cdiv(h * w, TILE))
-        mean = x.new_empty(b * c, h * w, dtype=torch.float32)  # of d
+        mean = x.new_empty(b * c, h * w, dtype=torch.float32)  # of d over the frames
         partial = x.new_empty(grid, dtype=torch.float32)
         (video,), row_length = rows(x)
         sizes = (c, f, h * w, row_length, TILE, FRAMES)
         variance_forward[grid](video, mean, partial, *sizes, **OPTIONS)
         ctx.save_for_backward(x, mean)
-        return partial.view(b, -1).sum(dim=1)  # not by atomics: the same bits every time
+        return partial.view(b, -1).sum(dim=1)  # without atomics, which add in any order
 
     @staticmethod
     @once_differentiable

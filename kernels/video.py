@@ -1,26 +1,27 @@
-"""How both kernels reach a video: planes of h * w positions, at any strides, by 64-bit offsets."""
+"""How both kernels address a video: planes of h * w positions, any strides, 64-bit offsets."""
 
 import triton
 import triton.language as tl
 
-# A program takes tiles of 1024 values. In two warps that is 16 bytes of bfloat16 per thread on AMD,
-# whose warps have 64 threads, and twice that on NVIDIA. Unfused products round as PyTorch's do.
+# A program handles tiles of 1024 values. With two warps that is 16 bytes of bfloat16 per thread on
+# AMD, whose warps have 64 threads, and 32 bytes on NVIDIA. PyTorch rounds a product before it adds
+# it to something; without fusion, the kernels do the same.
 TILE = 1024
-OPTIONS = dict(num_warps=2, enable_fp_fusion=False)
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 
 
 def rows(*videos):
-    """The (tensor, strides) of each video, as `locate` takes them, and the positions in a row.
+    """Each video as the pair (tensor, strides) that `locate` takes, and the length of a row.
 
-    Where every video's rows follow one another in memory, as they do even in `x[:, :, ::2]`, a
-    plane is one row. Triton moves 16 bytes at a time if its length and the strides of b, c and f
-    are multiples of 16, as Wan's are; other videos go in smaller pieces.
+    If the rows of every video follow one another in memory, a plane is treated as one long row.
+    This holds even for `x[:, :, ::2]`. Triton moves 16 bytes at a time if the length of the row and
+    the strides of b, c and f are multiples of 16, as they are for Wan's videos. Other videos move
+    in smaller pieces.
     """
     h, w = videos[0].shape[3:]
-    flat = all(x is None or x.stride(3) == w * x.stride(4) for x in videos)
+    flat = all(x.stride(3) == w * x.stride(4) for x in videos)
     merged = lambda b, c, f, row, column: (b, c, f, 0 if flat else row, column)
-    pairs = [None if x is None else (x, merged(*x.stride())) for x in videos]
-    return pairs, h * w if flat else w
+    return [(x, merged(*x.stride())) for x in videos], h * w if flat else w
 
 
 @triton.jit

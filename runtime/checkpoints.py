@@ -185,7 +185,7 @@ def list_checkpoints(out, last=math.inf):
 def flags(args):
     """The flags that must not change on resuming, and the videos in an update over all ranks."""
     values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()
-              if k not in args.free}
+              if k not in args.may_change}
     if "avd" in values:
         values |= vars(values.pop("avd"))
     for name in ("batch_size", "accumulate"):

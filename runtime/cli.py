@@ -26,7 +26,7 @@ def run(program, options, argv=None):
         with contextlib.redirect_stderr(complaint):
             args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
         for name in ("steps", "batch_size", "accumulate", "save_every", "sample_every",
-                     "score_prompts", "seeds", "videos_per_prompt", "shard_size", "fps", "keep",
+                     "score_prompts", "videos_per_prompt", "shard_size", "fps", "keep",
                      "keep_every"):
             if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 flag = "--" + name.replace("_", "-")

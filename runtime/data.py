@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.distributed import rank, world_size
@@ -124,6 +125,21 @@ class Shards:
         """Like `Toy.batch`. Texts are padded with zeros to the longest of the batch."""
         latents, text, prompts = zip(*map(self.item, indices))
         return torch.stack(latents), pad_sequence(text, batch_first=True), list(prompts)
+
+
+def write_toy_shards(folder, seed, count, spoil=lambda video: video, null_prompt=""):
+    """Write `count` of the toy world's videos as one shard, in the format of tools.encode.
+
+    spoil: changes the videos `[b, 3, f, h, w]` before they are encoded; their prompts stay.
+    """
+    codec, (video, prompts) = ToyCodec(), world.make(seed, range(count))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": codec.encode(spoil(video)).half(), "text": codec.encode_text(prompts)},
+              folder / "shard.safetensors", {"prompts": json.dumps(prompts)})
+    save_file({"null_text": codec.encode_text([null_prompt])}, folder / "null_text.safetensors")
+    (folder / INDEX).write_text(json.dumps({
+        "latent_shape": codec.latent_shape(), "has_videos": True,
+        "shards": [{"file": "shard.safetensors", "count": count}]}))
 
 
 class Prefetch:

@@ -1,6 +1,7 @@
 """Loading models with what belongs to them (the method's numbers, the interpolator); saving one."""
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -53,16 +54,31 @@ def load_interpolator(path, device):
     return interpolator.to(device).requires_grad_(False)
 
 
+class Models(NamedTuple):
+    """The models of a distillation. Without an interpolator, all steps are at the full rate."""
+
+    teacher: torch.nn.Module
+    student: torch.nn.Module
+    critic: torch.nn.Module
+    interpolator: adavid.FrameInterpolator | None
+
+
 def load_models(args, device):
-    """Teacher, student and critic: three models, or with --lora one base and two adapters."""
+    """Models for distillation: three transformers, or with --lora one base and two adapters."""
+    interpolator = load_interpolator(args.model, device)
+    if interpolator is None and rank() == 0:
+        print("note: no interpolator.safetensors beside the model, so the student will sample at "
+              "the full frame rate")
     if args.lora:
         dtype = cli.pick_dtype(args.dtype, device)
         base = WanModel.from_pretrained(args.model, dtype or torch.float32)
         base.gradient_checkpointing = recomputes(args)
-        return add_adapters(base.to(device), args.lora, ("student", "critic"), args.seed)
-    return (load_sharded(args, args.model, device).requires_grad_(False),
-            load_sharded(args, args.init_student or args.model, device),
-            load_sharded(args, args.model, device))
+        base.to(device)
+        return Models(*add_adapters(base, args.lora, ("student", "critic"), args.seed),
+                      interpolator)
+    return Models(load_sharded(args, args.model, device).requires_grad_(False),
+                  load_sharded(args, args.init_student or args.model, device),
+                  load_sharded(args, args.model, device), interpolator)
 
 
 def load_sharded(args, path, device):

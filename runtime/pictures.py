@@ -1,4 +1,4 @@
-"""The videos of fixed prompts that a training run draws now and then."""
+"""Videos of fixed prompts, sampled now and then during training."""
 
 import torch
 from tqdm import tqdm
@@ -31,7 +31,7 @@ class Pictures:
         return torch.cat([sampler(noise.to(self.device), text.to(self.device)).cpu()
                           for noise, text in batches])
 
-    def draw(self, path, sampler):
+    def write(self, path, sampler):
         """Write a contact sheet; the videos' saturation, for the log. All ranks must call this."""
         latents = self.sample(sampler)
         if rank() > 0:
@@ -39,7 +39,7 @@ class Pictures:
         try:
             videos = self.open_codec().decode(latents).cpu()
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            tqdm.write(f"{path}: not drawn ({error})")
+            tqdm.write(f"{path}: not written ({error})")
             return {}
         write_contact_sheet(path, map(thumbnails, videos))
         return {"saturation": (videos.amax(1) - videos.amin(1)).mean().item()}

@@ -51,8 +51,8 @@ def make_generators(seed, purpose, indices):
     return [make_generator(seed, purpose, i) for i in indices]
 
 
-def clip_and_step(model, optimizers, lr, max_norm, loss):
-    """Average gradients over ranks, clip them, step, and zero them; the norm before clipping.
+def clip_and_step(model, optimizers, max_norm, loss):
+    """Average gradients over ranks, clip, step, zero them. Returns their norm before clipping.
 
     If the norm or any rank's `loss` (a float) is not finite, no weight changes and nan is returned.
     """
@@ -67,7 +67,6 @@ def clip_and_step(model, optimizers, lr, max_norm, loss):
         dist.all_reduce(bad)
     for optimizer in optimizers:
         if not bad:
-            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
         optimizer.zero_grad()
     return math.nan if bad else norm
@@ -121,8 +120,7 @@ class Run:
             self.began = time.perf_counter()
             yield step
 
-    def draws(self, step):
-        """Whether this step ends with pictures."""
+    def picture_due(self, step):
         return (step + 1) % self.args.sample_every == 0 or step + 1 == self.args.steps
 
     def picture(self, step):

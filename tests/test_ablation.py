@@ -1,8 +1,13 @@
 """The ablation on a small scale: what it trains, measures, keeps and concludes."""
 
 import json
+import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,18 +16,18 @@ import tyro
 
 import adavid
 import train
-from tests.test_report import Tags
+from runtime.data import Shards
+from tests.test_demo import tags_of_page_that_stands_alone
 from tests.test_train import complaint
 from tiny_wan import ToyCodec, world
-from tools import ablation, ablation_report
-from runtime.data import Shards
+from tools import ablation, demo, page
 
 CONDITIONS = """
 seeds = [0, 1]
 prompt_seed = 3000
 prompts = 12
 flags = "--steps 1 --batch-size 2"
-development = [10, 1010]
+taken = [10, 1010]
 
 [data.spoilt]
 count = 30
@@ -41,20 +46,23 @@ avd = { title = "AVD", student = "avd" }
 renumbered = { title = "AVD <renumbered>", student = "avd", renumbered = true }
 mean = { title = "AVD, plain mean", student = "avd", interpolator = "mean", seeds = 1 }
 
+[summary]
+rows = ["real", "avd"]
+columns = ["instance"]
+
 [[questions]]
 asks = "Which loss cures what?"
 rows = ["real", "teacher", "dmd", "avd"]
 columns = ["instance", "saturation"]
 differences = [["avd", "dmd"]]
 plots = ["instance", "saturation"]
-answer = "None, after one update."
+answer = "None: {gflops avd real}, it is {instance real}."
 
 [[questions]]
 asks = "Where do frames stand?"
 rows = ["avd", "renumbered", "mean"]
 columns = ["motion", "motion_open"]
 plots = ["motion"]
-x = "gflops"
 answer = "Where they were."
 
 [[claims]]
@@ -65,43 +73,68 @@ tests = [{ row = "dmd", against = "real", column = "saturation", sign = 1 },
 
 
 def flags(folder):
-    return ["--conditions", str(folder / "conditions.toml"), "--results", str(folder / "results"),
+    return ["--conditions", str(folder / "conditions.toml"), "--docs", str(folder / "docs"),
             "--out", str(folder / "out")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A whole ablation, after one update of each student."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "conditions.toml").write_text(CONDITIONS)
+    (folder / "docs").mkdir()
+    (folder / "README.md").write_text("# Toy\n<!-- results -->\nold\n<!-- end -->\n")
+    (folder / "docs" / "results.md").write_text("".join(
+        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("table", "claims", "answers")))
     assert ablation.main(flags(folder)) == 0
     return folder
 
 
-def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(
-        folder, tmp_path, capsys):
-    files = sorted(f.name for f in (folder / "results").glob("*.json"))
-    assert files == sorted(f"{row}-{seed}.json" for row in (
-        "real", "teacher", "dmd", "avd", "renumbered", "mean") for seed in (0, 1)
-        if (row, seed) != ("mean", 1))
-    results = {f: json.loads((folder / "results" / f).read_text()) for f in files}
-    assert all(len(r["scores"]["instance"]) == 12 for r in results.values())
-    assert len({tuple(r["scores"]["flicker"]) for r in results.values()}) == len(files)
-    assert results["real-0.json"]["frechet"] == pytest.approx(0, abs=1e-9)
-    assert results["teacher-0.json"]["gflops"] == pytest.approx(
-        results["dmd-0.json"]["gflops"], rel=1e-3)  # two guided steps are four forwards
-    assert results["avd-0.json"]["gflops"] < 0.9 * results["dmd-0.json"]["gflops"]
-    assert results["avd-0.json"]["weights"]["cut"]["weight"][0] < 0.5
+def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(folder, tmp_path):
+    file = folder / "docs" / "measurements.jsonl"
+    lines = {(line["row"], line["seed"]): line for line in map(json.loads, open(file))}
+    assert len(file.read_text().splitlines()) == len(lines) == 11
+    assert lines.keys() == {(row, seed) for row in (
+        "real", "teacher", "dmd", "avd", "renumbered", "mean") for seed in (0, 1)} - {("mean", 1)}
+    assert all(len(line["scores"]["instance"]) == 12 for line in lines.values())
+    assert len({tuple(line["scores"]["flicker"]) for line in lines.values()}) == len(lines)
+    assert lines["real", 0]["frechet"] == pytest.approx(0, abs=1e-9)
+    assert lines["teacher", 0]["gflops"] == pytest.approx(
+        lines["dmd", 0]["gflops"], rel=1e-3)  # two guided steps are four forwards
+    assert lines["avd", 0]["gflops"] < 0.9 * lines["dmd", 0]["gflops"]
+    assert lines["avd", 0]["weights"]["cut"][0] < 0.5
 
-    table = ablation.Measurements(ablation.read_conditions(folder / "conditions.toml"),
-                                  folder / "results")
+    measured = ablation.Measurements(ablation.read_conditions(folder / "conditions.toml"), file)
     for column, (_, is_share) in ablation.COLUMNS.items():
-        mean, low, high = table.difference("mean", "avd", column)  # over the seed that both have
+        if column.startswith(("reg_std", "weight")):
+            continue  # batches of two videos do not fill them
+        mean, low, high = measured.interval(column, "mean", "avd")  # over the seed that both have
         assert low <= high and (mean == pytest.approx(0, abs=1e-9) or low < high or not is_share)
 
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "out")
-    assert ablation.main([*flags(copy), "--rows", "real", "dmd"]) == 0
-    assert "| DMD |" in capsys.readouterr().out and not list((copy / "out").iterdir())
+    (copy / "conditions.toml").write_text(CONDITIONS.replace("steps = 2", "steps = 1"))
+    assert ablation.main(flags(copy)) == 0  # measures the teacher again, and trains nothing
+    assert not list((copy / "out").iterdir())
+    again = {(line["row"], line["seed"]): line for line in map(
+        json.loads, open(copy / "docs" / "measurements.jsonl"))}
+    assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
+def test_ctrl_c_saves_the_students_and_starts_no_others(tmp_path):
+    (tmp_path / "conditions.toml").write_text(CONDITIONS.replace("--steps 1 ", "--steps 999 "))
+    process = subprocess.Popen([sys.executable, "-m", "tools.ablation", *flags(tmp_path)],
+                               stderr=subprocess.PIPE, text=True)
+    students = tmp_path / "out"
+    while not (logs := list(students.glob("*/times.jsonl"))) or not logs[0].read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    started = list(students.glob("*/log.txt"))
+    assert len(started) <= os.cpu_count() and any("resumes" in log.read_text() for log in started)
 
 
 def test_spoilt_videos_are_in_the_shards(folder):
@@ -156,12 +189,11 @@ def measured(tmp_path, scores):
     """A row for each entry of `scores`, `[seeds, prompts]` of "saturation"."""
     conditions = {"seeds": [0, 1, 2], "prompts": 200, "prompt_seed": 3000, "flags": "",
                   "students": {}, "data": {}, "rows": {name: {"title": name} for name in scores}}
-    for name, values in scores.items():
-        for seed, row in zip(conditions["seeds"], values):
-            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({
-                "definition": ablation.definition(conditions, name),
-                "scores": {"saturation": row.tolist(), "direction": [None] * 200}}))
-    return ablation.Measurements(conditions, tmp_path)
+    result = ablation.Measurements(conditions, tmp_path / "measurements.jsonl")
+    result.save([{"row": name, "seed": seed, "definition": ablation.definition(conditions, name),
+                  "scores": {"saturation": row.tolist(), "direction": [None] * 200}}
+                 for name, values in scores.items() for seed, row in enumerate(values)])
+    return ablation.Measurements(conditions, result.file)
 
 
 def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp_path):
@@ -169,9 +201,9 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     luck = np.array([[0.2], [0.5], [0.8]]) + 0.1 * rng.normal(size=(3, 200))
     table = measured(tmp_path, {
         "real": np.ones((3, 200)), "a": luck, "b": luck + 0.02 + 0.01 * rng.normal(size=(3, 200))})
-    mean, low, high = table.of("a", "saturation")
+    mean, low, high = table.interval("saturation", "a")
     assert mean == pytest.approx(0.5, abs=0.02) and low < 0.31 and high > 0.69
-    mean, low, high = table.difference("b", "a", "saturation")
+    mean, low, high = table.interval("saturation", "b", "a")
     assert 0.015 < low < 0.02 < high < 0.025
 
     def says(*tests):
@@ -186,81 +218,85 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     assert verdict == "reproduced when turned" and shown.count("saturation, b − a: +0.02") == 2
     assert says(up | {"sign": 0, "margin": 0.03})[0] == "reproduced"
     assert says(up | {"sign": 0, "margin": 0.01})[0] == "not reproduced"
+    told = ablation.told(table, "{saturation b a}, {saturation a b}, {saturation a a}")
+    rises, falls, stays = told.split(", ")
+    assert rises.startswith("saturation rises by 0.0") and falls == rises.replace("rises", "falls")
+    assert stays == "saturation does not change measurably (+0.000)"
 
 
-def test_the_page_stands_alone_and_the_readme_gets_its_tables(folder):
-    readme = folder / "README.md"
-    readme.write_text("# Toy\n<!-- ablation: table -->\n<!-- end -->\nand\n"
-                      "<!-- ablation: answers -->\nold\n<!-- end -->\n")
-    for _ in range(2):
-        assert ablation_report.main([*flags(folder), "--readme", str(readme)]) == 0
-    page = (folder / "results" / "report.html").read_text(encoding="utf-8")
-    elsewhere = [*flags(folder), "--readme", str(readme), "--out", "nowhere"]
-    assert ablation_report.main(elsewhere) == 0  # without the students: their videos are kept
-    assert (folder / "results" / "report.html").read_text(encoding="utf-8") == page
-    tags = Tags(page)
-    assert tags.count("img") in range(8, 33) and tags.count("svg") == 3 and tags.count("table") == 5
-    assert not any(map(tags.count, ("script", "link", "iframe", "object")))
-    assert "reproduced" in page and "AVD &lt;renumbered&gt;" in page and "<renumbered>" not in page
-    assert (folder / "results" / "figure.png").stat().st_size > 5000
-    table, answers = readme.read_text(encoding="utf-8").split("and\n")
-    assert [line.split(" | ")[0] for line in table.splitlines()[3:-2]] == [
+def test_the_pages_have_the_tables_and_html_stands_alone(folder):
+    text = (folder / "docs" / "results.html").read_text(encoding="utf-8")
+    tags = tags_of_page_that_stands_alone(text)
+    assert tags.count("img") in range(8, 33) and tags.count("svg") == 2 and tags.count("table") == 5
+    assert "reproduced" in text and "AVD &lt;renumbered&gt;" in text and "<renumbered>" not in text
+    assert (folder / "docs" / "figures" / "ablation.png").stat().st_size > 5000
+    readme, results = ((folder / file).read_text(encoding="utf-8")
+                       for file in ("README.md", "docs/results.md"))
+    assert readme.startswith("# Toy\n") and "old" not in readme + results
+    assert "| real videos | 1.000" in readme and "\n\n- DMD oversaturates: " in readme
+    heads = [line.split(" | ")[0] for line in results.splitlines()]
+    assert heads[2:9] == [
         "| ", "|---|---|---|", "| real videos", "| teacher", "| DMD", "| AVD", "| AVD − DMD"]
-    assert "- **Where do frames stand?** Where they were." in answers and "old" not in answers
+    assert "- **Which loss cures what?** None: GFLOPs rises by 0." in results
 
 
-def test_a_page_without_its_main_rows_gets_one_line(folder, tmp_path, capsys):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "results" / "dmd-1.json").unlink()
-    readme = copy / "README.md"
-    readme.write_text("as it was")
-    code = ablation_report.main([*flags(copy), "--readme", str(readme)])
-    assert "python -m tools.ablation" in complaint(capsys, code)
-    assert readme.read_text() == "as it was"
+def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conditions.toml").write_text(CONDITIONS)
+    assert ablation.main(["--conditions", "conditions.toml", "--quick"]) == 0
+    lines = map(json.loads, open("runs/ablation-quick/measurements.jsonl"))
+    assert {(line["row"], line["seed"], len(line["scores"]["prompt"])) for line in lines} == {
+        (row, 0, 64) for row in ("real", "teacher", "dmd", "avd")}
+    text = (tmp_path / "runs" / "ablation-quick" / "results.html").read_text(encoding="utf-8")
+    assert tags_of_page_that_stands_alone(text).count("img") == 4 * 8
 
 
-def test_the_readme_says_what_the_committed_measurements_say():
-    """`python -m tools.ablation_report` would change nothing."""
-    measured = ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),
-                                     ablation.RESULTS)
-    readme = ablation_report.Page.readme.read_text(encoding="utf-8")
-    assert measured.has(measured.conditions["rows"]) and readme.count("<!-- ablation: ") == 3
-    assert ablation_report.filled(readme, measured) == readme
+# --- what is committed -------------------------------------------------------------------------
 
 
-def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops():
-    measured = ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),
-                                     ablation.RESULTS)
-    teacher, avd = (measured.of(row, "gflops")[0] for row in ("teacher-50", "avd"))
+@pytest.fixture(scope="module")
+def committed():
+    return ablation.Measurements(ablation.read_conditions(ablation.CONDITIONS),
+                                 ablation.DOCS / "measurements.jsonl")
+
+
+@pytest.mark.parametrize("file, names", [
+    ("README.md", ["results"]), ("docs/results.md", ["table", "claims", "answers"])])
+def test_the_pages_say_what_the_measurements_say(committed, file, names):
+    assert committed.has(committed.conditions["rows"])
+    text = (ablation.DOCS.parent / file).read_text(encoding="utf-8")
+    assert all(text.count(f"<!-- {name} -->\n") == 1 for name in names)
+    assert page.fill(text, ablation.blocks(committed)) == text
+
+
+def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops(committed):
+    teacher, avd = (committed.interval("gflops", row)[0] for row in ("teacher-50", "avd"))
     assert teacher > 30 * avd
 
 
-def test_the_committed_conditions_name_what_there_is():
-    conditions = ablation.read_conditions(ablation.CONDITIONS)
+def test_the_conditions_name_what_there_is(committed):
+    conditions = committed.conditions
     students, rows, data = (conditions[part] for part in ("students", "rows", "data"))
     assert {row["student"] for row in rows.values() if "student" in row} == set(students)
     assert {student["data"] for student in students.values() if "data" in student} == set(data)
     assert all("title" in row for row in rows.values())
+    assert {train.GRID_SEED, demo.DEMO_SEED} <= set(conditions["taken"])
     questions, tests = conditions["questions"], sum((c["tests"] for c in conditions["claims"]), [])
     named = [row for q in questions for row in sum(q.get("differences", []), q["rows"])]
     assert {*named, *(test[side] for test in tests for side in ("row", "against"))} == set(rows)
+    assert set(conditions["summary"]["rows"]) <= set(rows)
     columns = [column for q in questions for column in (*q["columns"], *q["plots"])]
-    assert {*columns, *(test["column"] for test in tests)} <= set(ablation.COLUMNS)
+    columns += [*conditions["summary"]["columns"], *(test["column"] for test in tests)]
+    assert set(columns) <= set(ablation.COLUMNS)
     for student in students.values():
-        flags = shlex.split(student.get("flags", ""))
-        tyro.cli(train.Distill, args=["--out", "x", *flags])
+        tyro.cli(train.Distill, args=["--out", "x", *shlex.split(student.get("flags", ""))])
 
 
 @pytest.mark.parametrize("old, new, says", [
     ("seeds = [0, 1]", "seeds = [0, 10]", "share a random stream"),
-    ("prompt_seed = 3000", "prompt_seed = 1000", "share a random stream"),
-    ("prompts = 12", "prompts =", "conditions.toml")])
-def test_conditions_that_are_wrong_get_one_line(old, new, says, tmp_path, capsys):
+    ("prompt_seed = 3000", "prompt_seed = 1010", "share a random stream"),
+    ("prompts = 12", "prompts =", "conditions.toml"),
+    ("--steps", "--stepz", "stepz")])  # a student that fails
+def test_wrong_conditions_are_one_line(old, new, says, tmp_path, capsys):
     (tmp_path / "conditions.toml").write_text(CONDITIONS.replace(old, new))
     assert says in complaint(capsys, ablation.main(flags(tmp_path)))
-
-
-def test_rows_that_are_unknown_and_students_that_fail_get_one_line(tmp_path, capsys):
-    (tmp_path / "conditions.toml").write_text(CONDITIONS.replace("--steps", "--stepz"))
-    assert "nosuch" in complaint(capsys, ablation.main([*flags(tmp_path), "--rows", "nosuch"]))
-    assert "stepz" in complaint(capsys, ablation.main([*flags(tmp_path), "--rows", "dmd"]))

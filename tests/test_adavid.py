@@ -69,7 +69,7 @@ def test_dmd_loss_keeps_in_bf16_a_gradient_that_bf16_would_round_away():
 
 
 def test_timesteps_are_shifted_towards_noise_and_clamped():
-    t = adavid.draw_timesteps(torch.zeros(20_000, 1, 1, 1, 1), AVDConfig(),
+    t = adavid.random_timesteps(torch.zeros(20_000, 1, 1, 1, 1), AVDConfig(),
                               torch.Generator().manual_seed(0))
     assert t.min() == 20 and t.max() == 980
     assert t.median() == pytest.approx(1000 * 5 * 0.5 / 3, rel=0.01)
@@ -139,13 +139,13 @@ def test_bf16_latents_do_not_round_the_timesteps():
     adavid.sample(student, real, None, AVDConfig())
     assert student.calls[0][1].tolist() == [1000, 900, 757, 522]
     assert [call[1][0].item() for call in student.calls[1:]] == [1000, 900, 757, 522]
-    assert len(adavid.draw_timesteps(real.repeat(64, 1, 1, 1, 1), AVDConfig()).unique()) > 200
+    assert len(adavid.random_timesteps(real.repeat(64, 1, 1, 1, 1), AVDConfig()).unique()) > 200
 
 
 def test_regression_steps_are_uniform_whatever_the_strides():
     real = torch.zeros(1000, 1, 1, 1, 1)
     for strides in ((1, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1)):
-        steps = torch.cat([adavid.draw_regression_steps(
+        steps = torch.cat([adavid.random_regression_steps(
             real, i, strides, torch.Generator().manual_seed(i)) for i in range(4)])
         shares = steps.bincount(minlength=4) / len(steps)
         assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.03)

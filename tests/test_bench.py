@@ -1,4 +1,4 @@
-"""What is counted and timed, and the README's tables of it."""
+"""What the benchmark counts and times, and the blocks of docs/costs.md."""
 
 import json
 
@@ -9,55 +9,63 @@ from torch.utils.flop_counter import FlopCounterMode
 import adavid
 from tests.test_plan import FLASH_BACKWARD, FORMULAS
 from tests.test_train import complaint
-from tiny_wan import WanConfig, WanModel
-from tools import bench, gpu_check, report
+from tiny_wan import PRESETS, WanConfig, WanModel
+from tools import bench, gpu_check
 
 
-def test_a_cycle_takes_fewer_forwards_than_the_released_schedule_at_wans_sizes():
-    forwards = bench.count_cycles(("wan-1.3b", "wan-14b"))
-    for counted in forwards.values():
-        released, _, default, one_rollout, half_rate = counted.values()
-        assert 46 < released < 48
-        assert default <= 36 and one_rollout <= 26 and half_rate <= 23
+@pytest.mark.parametrize("preset", ["wan-1.3b", "wan-14b"])
+def test_a_cycle_takes_fewer_forwards_than_the_released_schedule_at_wans_sizes(preset):
+    cost = bench.forward_costs(PRESETS[preset])
+    released, _, default, one_rollout, half_rate = (
+        bench.forwards(cost, *schedule) for schedule in bench.SCHEDULES.values())
+    assert 46 < released < 48
+    assert default <= 36 and one_rollout <= 26 and half_rate <= 23
 
 
 @pytest.mark.parametrize("name", bench.SCHEDULES)
 def test_what_is_counted_is_what_runs(name):
     config = WanConfig(48, 96, 4, 1, in_dim=4, out_dim=4, text_dim=15, text_len=8)
-    shape, calls = (4, 5, 8, 8), bench.calls_of(bench.SCHEDULES[name])
-    counted = sum(n * cost for n, cost in zip(calls, bench.prices(config, shape)))
+    shape = (4, 5, 8, 8)
+    real, text = torch.randn(1, *shape), torch.randn(1, 8, 15)
     models = [WanModel(config).init_weights() for _ in range(3)]
     models[1].requires_grad_(False)
-    interpolator = adavid.FrameInterpolator(4, 32).requires_grad_(False)
+    interpolator = adavid.FrameInterpolator(4, 8).requires_grad_(False)
     # Of the five products in flash attention's backward, one computes its scores again.
     flash = FORMULAS[FLASH_BACKWARD]
     plain = {FLASH_BACKWARD: lambda *args, **kwargs: 0.8 * flash(*args, **kwargs)}
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS | plain) as counter:
-        bench.cycles(models, interpolator, torch.randn(1, *shape), torch.randn(1, 8, 15),
-                     *bench.SCHEDULES[name])
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+    def flops(function):
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS | plain) as counter:
+            function()
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        forward = flops(lambda: models[1](real, torch.full((1,), 500.0), text))
+    four = flops(lambda: bench.cycles(models, interpolator, real, text, *bench.SCHEDULES[name]))
+    counted = bench.forwards(bench.forward_costs(config, shape), *bench.SCHEDULES[name])
+    assert counted == pytest.approx(four / forward / 4, rel=0.02)
 
 
-def test_the_readme_has_the_committed_figures():
+def test_the_page_has_the_committed_figures():
     figures = json.loads(bench.RESULTS.read_text())
-    assert set(figures) == {*bench.PARTS, "large", "machine"}
-    assert all(row["scratch"] == 0 for row in figures["kernels"]["compile_report"])
-    readme = bench.Bench.readme.read_text(encoding="utf-8")
-    assert readme.count("<!-- bench: ") == len(bench.tables(figures)) == 4
-    assert report.filled(readme, bench.tables(figures)) == readme
+    assert set(figures) == set(bench.PARTS) and figures["kernels"]["scratch"] == 0
+    page = bench.PAGE.read_text(encoding="utf-8")
+    for name, block in bench.blocks(figures).items():
+        assert f"<!-- {name} -->\n\n{block}\n\n<!-- end -->" in page
 
 
 def test_a_part_replaces_its_own_figures(tmp_path, monkeypatch, capsys):
-    results, readme = tmp_path / "bench.json", tmp_path / "README.md"
-    results.write_text('{"demo": {"minutes": 2}, "data": {"seconds": 70, "waited": 7}}')
-    readme.write_text("text\n")
-    monkeypatch.setattr(bench, "bench_demo", lambda: {"minutes": 3})
-    flags = ["--results", str(results), "--readme", str(readme), "--parts"]
-    assert bench.main([*flags, "demo"]) == 0
-    figures = json.loads(results.read_text())
-    assert figures["demo"]["minutes"] == 3 and figures["data"] == {"seconds": 70, "waited": 7}
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
-    assert "nosuch" in complaint(capsys, bench.main([*flags, "nosuch"]))
+    figures = json.loads(bench.RESULTS.read_text())
+    for name, text in (("RESULTS", json.dumps(figures)), ("PAGE", "<!-- others -->\n<!-- end -->")):
+        monkeypatch.setattr(bench, name, tmp_path / name)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(bench, "bench_demo", lambda: {"minutes": 77})
+    assert bench.main(["--parts", "demo"]) == 0
+    new = json.loads(bench.RESULTS.read_text())
+    assert new["demo"]["minutes"] == 77 and new | {"demo": figures["demo"]} == figures
+    assert "`make demo` takes 77.0 minutes" in bench.PAGE.read_text()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == new
+    assert "nosuch" in complaint(capsys, bench.main(["--parts", "nosuch"]))
 
 
 def test_medians_are_of_runs_in_turn():
@@ -73,11 +81,11 @@ def test_the_gpu_check_says_that_there_is_no_gpu(capsys):
 
 
 def test_the_gpu_check_sums_up(tmp_path):
-    rows = [{"operation": "temporal_variance", "size": "720p", "pass": p, "way": "triton",
-             "ms": 0.5, "GB/s": 1.0, "of_copy": 0.9} for p in ("forward", "and backward")]
-    said = gpu_check.speeds("noise\n" + json.dumps({"timing_report": rows}))
+    rows = [{"operation": "temporal_variance", "size": "720p", "way": "triton", "ms": 0.5,
+             "GB/s": 1.0, "of_copy": 0.9}]
+    said = gpu_check.speeds("noise\n" + json.dumps({"timed": rows}))
     assert said.endswith("\n  temporal_variance, 720p, triton: 0.500 ms, 90%")
     (tmp_path / "times.jsonl").write_text('{"seconds": 1}\n{"seconds": 0.25}\n')
     (tmp_path / "metrics.jsonl").write_text('{}\n{"kl": 0.5, "reg": 1, "temp": 0, "critic": 2}\n')
-    said = gpu_check.cycles(tmp_path)
+    said = gpu_check.third_cycle(tmp_path)
     assert said == "0.25 s for the third cycle, kl 0.5, reg 1, temp 0, critic 2"

@@ -254,7 +254,7 @@ def test_a_vae_that_fails_costs_only_the_pictures(wan, shards, tmp_path, monkeyp
 
     monkeypatch.setattr(WanCodec, "decode", fails)
     assert distill(wan, tmp_path / "b", "--data", shards, steps=1, batch_size=1) == 0
-    assert "not drawn (out of memory)" in capsys.readouterr().out
+    assert "not written (out of memory)" in capsys.readouterr().out
     assert (tmp_path / "b" / "diffusion_pytorch_model.safetensors").exists()
 
 

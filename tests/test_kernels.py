@@ -38,7 +38,7 @@ LAYOUTS = {
 }
 
 
-def case(operation, size, dtype=torch.float32, layout="contiguous", renoised=True):
+def case(operation, size, dtype=torch.float32, layout="contiguous"):
     """(operation, inputs, gradient of the result), all in one layout."""
     rand = lambda *shape: torch.rand(shape, dtype=dtype, device=DEVICE)
     video = lambda c, f: LAYOUTS[layout](rand, b, c, f, h, w)
@@ -46,22 +46,19 @@ def case(operation, size, dtype=torch.float32, layout="contiguous", renoised=Tru
     if operation == "temporal_variance":
         grad = torch.rand(1, 2 * b, device=DEVICE) * c * h * w  # so that float16 holds the result
         return operation, [video(c, f)], grad[0, ::2]
-    inputs = [video(c, f), video(1, f - 1), video(c, f - 1)]
-    if renoised:
-        inputs += [video(c, 2 * f - 1), torch.rand(2 * b, device=DEVICE)[::2]]
-    return operation, inputs, video(c, 2 * f - 1)
+    return operation, [video(c, f), video(1, f - 1), video(c, f - 1)], video(c, 2 * f - 1)
 
 
 def run(ops, operation, inputs, grad):
-    """[result, gradients of the videos]."""
-    inputs = [x.detach().requires_grad_(x.ndim == 5) for x in inputs]
+    """[result, gradients of the inputs]."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
     out = getattr(ops, operation)(*inputs)
     out.backward(grad)
-    return [out.detach()] + [x.grad for x in inputs if x.requires_grad]
+    return [out.detach()] + [x.grad for x in inputs]
 
 
 def run_kernels(operation, inputs, grad):
-    """`run` on Triton, through the public door: its checks are part of the contract."""
+    """`run` on Triton, through the public functions, whose checks are part of the contract."""
     kernels.backend = lambda x: kernels.fused
     return run(kernels, operation, inputs, grad)
 
@@ -91,7 +88,7 @@ def assert_triton_matches_reference(run_triton, operation, inputs, grad):
     exact = run(reference, operation, [x.double() for x in inputs], grad.double())
     results = run_triton(operation, inputs, grad)
     assert_close(results, exact)
-    assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs if x.ndim == 5]
+    assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
     return results
 
 
@@ -109,10 +106,9 @@ def test_strides_change_nothing(run_triton, operation, layout):
     assert_triton_matches_reference(run_triton, *case(operation, (2, 3, 5, 6, 16), layout=layout))
 
 
-def test_without_noise_given_frames_are_kept_bit_for_bit(run_triton):
-    shape = 2, 3, 4, 5, 7
-    operation, inputs, grad = case("interpolate_frames", shape, torch.bfloat16, renoised=False)
-    out, *_ = assert_triton_matches_reference(run_triton, operation, inputs, grad)
+def test_given_frames_are_kept_bit_for_bit(run_triton):
+    operation, inputs, grad = case("interpolate_frames", (2, 3, 4, 5, 7), torch.bfloat16)
+    out, *_ = run_triton(operation, inputs, grad)
     assert out[:, :, ::2].equal(inputs[0])
     assert reference.interpolate_frames(*inputs)[:, :, ::2].equal(inputs[0])
 
@@ -144,7 +140,7 @@ def test_every_run_gives_the_same_bits(run_triton):
 def test_reference_gradients_are_those_of_its_values():
     for operation in ("temporal_variance", "interpolate_frames"):
         _, inputs, _ = case(operation, (2, 2, 3, 2, 3), torch.float64)
-        inputs = [x.requires_grad_(x.ndim == 5) for x in inputs]
+        inputs = [x.requires_grad_() for x in inputs]
         assert torch.autograd.gradcheck(getattr(kernels, operation), inputs)
 
 
@@ -157,37 +153,28 @@ def test_variance_is_eq_8s_and_zero_for_a_still_video():
     assert kernels.temporal_variance(x[:, :, :1].expand_as(x)).eq(0).all()
 
 
-def test_half_and_half_without_residual_is_the_neighbours_mean_and_then_renoised():
-    x0, noise = torch.rand(2, 3, 4, 5, 6), torch.rand(2, 3, 7, 5, 6)
-    inputs = x0, torch.full((2, 1, 3, 5, 6), 0.5), torch.zeros(2, 3, 3, 5, 6)
-    frames = kernels.interpolate_frames(*inputs)
+def test_half_and_half_without_residual_is_the_neighbours_mean():
+    x0 = torch.rand(2, 3, 4, 5, 6)
+    blend, residual = torch.full((2, 1, 3, 5, 6), 0.5), torch.zeros(2, 3, 3, 5, 6)
+    frames = kernels.interpolate_frames(x0, blend, residual)
     torch.testing.assert_close(frames[:, :, 1::2], (x0[:, :, 1:] + x0[:, :, :-1]) / 2)
-    renoised = kernels.interpolate_frames(*inputs, noise, 0.25)
-    torch.testing.assert_close(renoised, 0.75 * frames + 0.25 * noise)
-    each = kernels.interpolate_frames(*inputs, noise, torch.tensor([0.25, 1.0]))
-    assert each[0].equal(renoised[0]) and each[1].equal(noise[1])
 
 
-@pytest.mark.parametrize("wrong", range(5))
-def test_a_wrong_shape_is_an_error_that_names_it(wrong):
+@pytest.mark.parametrize("wrong, name", [(0, "blend"), (1, "blend"), (2, "residual")])
+def test_a_wrong_shape_is_an_error_that_names_it(wrong, name):
     _, inputs, _ = case("interpolate_frames", (2, 3, 4, 5, 6))
-    inputs[wrong] = inputs[wrong][..., :1] if wrong < 4 else inputs[wrong].repeat(2)
-    name = ("blend", "blend", "residual", "noise", "sigma")[wrong]  # x0 is what others must fit
+    inputs[wrong] = inputs[wrong][..., :1]  # x0 is what the others must fit
     with pytest.raises(ValueError, match=f"{name} must "):
         kernels.interpolate_frames(*inputs)
 
 
-def test_what_has_no_meaning_is_an_error():
-    _, (x0, blend, residual, noise, sigma), _ = case("interpolate_frames", (2, 3, 4, 5, 6))
+def test_what_is_no_video_is_an_error():
+    _, (x0, blend, residual), _ = case("interpolate_frames", (2, 3, 4, 5, 6))
     for x in (x0[0], x0[:, :, :0]):
         with pytest.raises(ValueError, match="x must be"):
             kernels.temporal_variance(x)
         with pytest.raises(ValueError, match="x0 must be"):
             kernels.interpolate_frames(x, blend, residual)
-    with pytest.raises(ValueError, match="together"):
-        kernels.interpolate_frames(x0, blend, residual, noise)
-    with pytest.raises(ValueError, match="together"):
-        kernels.interpolate_frames(x0, blend, residual, sigma=sigma)
 
 
 def test_the_reference_serves_whatever_is_not_on_a_gpu():
@@ -222,9 +209,9 @@ def test_kernels_compile_without_a_gpu(target):
     from kernels import bench
 
     for operation, inputs in bench.wan_inputs().items():
-        launches = bench.compiled(bench.TARGETS[target], operation, inputs)
-        assert len(launches) == 2  # one forward, one backward
-        assert all("cubin" in kernel.asm or "hsaco" in kernel.asm for kernel, _ in launches)
+        compiled = bench.compiled(bench.TARGETS[target], operation, inputs)
+        assert len(compiled) == 2  # one forward, one backward
+        assert all("cubin" in kernel.asm or "hsaco" in kernel.asm for kernel in compiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -234,18 +221,37 @@ def test_aligned_videos_move_16_bytes_at_a_time_and_nothing_spills(target, dtype
     from kernels import bench
 
     for operation, inputs in bench.wan_inputs(dtype=dtype).items():
-        for kernel, _ in bench.compiled(bench.TARGETS[target], operation, inputs):
+        for kernel in bench.compiled(bench.TARGETS[target], operation, inputs):
             code = bench.machine_code(kernel)
             assert code["scratch"] == 0
-            # the others are one scalar each: sigma or dL/dy, a partial sum; and dL/dblend
+            # The others are a scalar each (dL/dy and a partial sum), or dL/dblend.
             assert code["loads_16"] >= max(4, code["loads"] - 1)
             assert code["stores_16"] >= max(2, code["stores"] - 1)
 
 
-def test_sigma_is_one_number_or_one_for_each_sample_in_any_shape():
-    _, (*inputs, noise, sigma), _ = case("interpolate_frames", (2, 3, 4, 5, 6))
-    each = kernels.interpolate_frames(*inputs, noise, sigma)
-    assert torch.equal(each, kernels.interpolate_frames(*inputs, noise, sigma.view(2, 1, 1, 1, 1)))
-    one = kernels.interpolate_frames(*inputs, noise, 0.25)
-    for same in (torch.tensor(0.25), torch.tensor([0.25]), torch.full((2,), 0.25)):
-        assert torch.equal(one, kernels.interpolate_frames(*inputs, noise, same))
+def test_compiling_heeds_the_alignment_of_the_arguments():
+    pytest.importorskip("triton")
+    from kernels import bench
+
+    aligned = torch.rand(1, 2, 3, 8, 128)
+    shifted = torch.rand(aligned.numel() + 1)[1:].view_as(aligned)
+    wide = []
+    for x in (aligned, shifted):
+        forward, _ = bench.compiled(
+            bench.TARGETS["sm_90"], "temporal_variance", [x.requires_grad_()]
+        )
+        wide.append(bench.machine_code(forward)["loads_16"])
+    assert wide[0] > 0 and wide[1] == 0
+
+
+def test_benchmarks_count_the_bytes_that_must_move():
+    pytest.importorskip("triton")
+    from kernels import bench
+
+    variance, frames = bench.wan_inputs().items()
+    with bench.compile_only(bench.TARGETS["sm_90"]):
+        counted = [bench.bytes_moved(*each) for each in (variance, frames)]
+    x, mean, out = 16 * 21 * 6240 * 2, 16 * 6240 * 4, 4
+    assert counted[0] == 3 * x + 2 * mean + 2 * out
+    x0, blend, residual = 16 * 11 * 6240 * 2, 10 * 6240 * 2, 16 * 10 * 6240 * 2
+    assert counted[1] == 3 * x0 + 3 * blend + 2 * residual + 2 * x

@@ -1,4 +1,4 @@
-"""The plan, against what real tensors on the CPU cost, and against known figures."""
+"""The counter and the plan, against what real tensors on the CPU cost and published figures."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import adavid
 from tiny_wan import PRESETS, WanConfig, WanModel
 from tiny_wan.model import KEPT_PRECISE
-from tools import plan
+from tools import costs, plan
 
 TOY = WanConfig(96, 384, 4, 3, in_dim=12, out_dim=12, text_dim=15, text_len=8)
 WIDE = WanConfig(256, 1024, 4, 3, text_dim=64, text_len=32)
@@ -120,8 +120,8 @@ def test_a_cycle_costs_what_real_tensors_cost(config, shape, flops_with_checkpoi
     ("wan-1.3b", 1.419, 0.35, 0.675), ("wan-14b", 14.288, 0.39, 0.70)])
 def test_sizes_and_ratios_are_the_published_ones(preset, billions, half_step, decoupled_steps):
     config = PRESETS[preset]
-    assert plan.parameters(plan.build(config)) / 1e9 == pytest.approx(billions, abs=5e-4)
-    decoupled, four, guided, half, full, activations = plan.count_samplers(
+    assert plan.parameters(costs.build(config)) / 1e9 == pytest.approx(billions, abs=5e-4)
+    decoupled, four, guided, full, half, activations = plan.count_samplers(
         config, (16, 21, 60, 104))
     assert half / full == pytest.approx(half_step, abs=0.005)
     assert decoupled / four == pytest.approx(decoupled_steps, abs=0.005)
@@ -132,15 +132,15 @@ def test_sizes_and_ratios_are_the_published_ones(preset, billions, half_step, de
 
 def test_attention_is_counted_with_no_matrix_of_scores():
     q = torch.empty(1, 2, 1000, 64, device="meta", requires_grad=True)
-    counted, kept, _ = plan.count(
+    counted, kept, _ = costs.count(
         lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum())
     assert counted == (4 + 10) * 1000 * 1000 * 128
     assert kept < 2 * 1000 * 128 * 4
 
 
-def test_memory_is_shared_out_by_sharding_and_not_by_lora():
+def test_sharding_divides_memory_and_lora_does_not():
     config = replace(PRESETS["wan-1.3b"], num_layers=2)
-    total = plan.parameters(plan.build(config))
+    total = plan.parameters(costs.build(config))
     one, many = (plan.memory(config, gpus) for gpus in (1, 8))
     shared = [name for name in one if "sharded" in name.replace("unsharded", "")]
     assert sum(one[name] for name in shared) == pytest.approx(32 * total)
@@ -155,15 +155,15 @@ def test_memory_is_shared_out_by_sharding_and_not_by_lora():
 @pytest.fixture
 def known_cycle(monkeypatch):
     """A cycle of 3 PFLOPs, and 1 recomputed, with 50 + 10 and 1 + 2 GB of activations."""
-    costs = torch.tensor([[3e15, 50e9, 10e9], [4e15, 1e9, 2e9]]).numpy()
-    monkeypatch.setattr(plan, "count_cycle", lambda *_, **__: costs)
+    cycle = torch.tensor([[3e15, 50e9, 10e9], [4e15, 1e9, 2e9]]).numpy()
+    monkeypatch.setattr(plan, "count_cycle", lambda *_, **__: cycle)
 
 
 def test_distill_tells_whether_it_fits_and_how_long_it_takes(known_cycle, capsys):
     command = ["distill", "--tflops", "1000", "--utilisation", "0.5", "--videos", "14400"]
     assert plan.main([*command, "--gpus", "2", "--accumulate", "2"]) == 0
     said = capsys.readouterr().out
-    assert "1.419 billion parameters" in said and "32,760 tokens, 17,160 at half" in said
+    assert "1.419 billion parameters" in said and "32,760 tokens, 17,160 at frame" in said
     assert "8  in all: 16.0 seconds" in said and "60  activations without checkpointing" in said
     assert "fits 80 GB" in said and "3,600 cycles" in said and "16  hours on 2 GPUs" in said
     assert plan.main([*command, "--memory", "24", "--updates", "10"]) == 0
@@ -173,16 +173,35 @@ def test_distill_tells_whether_it_fits_and_how_long_it_takes(known_cycle, capsys
     assert "fits 24 GB" in capsys.readouterr().out
 
 
-def test_sample_and_tables_print(known_cycle, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "count_samplers", lambda *_: [3e12, 4e12, 2e12, 5e11, 1e12, 1e9])
+def test_sample_compares_the_samplers(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "count_samplers", lambda *_: [3e12, 4e12, 2e12, 1e12, 5e11, 1e9])
     assert plan.main(["sample", "--preset", "tiny"]) == 0
     said = capsys.readouterr().out
-    assert "144 tokens, 80 at half" in said and "0.1  teacher, 50 guided steps" in said
-    assert "0.50 of that" in said and "0.750 of that" in said
+    assert "144 tokens, 80 at frame stride 2" in said and "0.1  teacher, 50 guided steps" in said
+    assert "stride 2, 0.50 of that" in said and "strides 2 2 1 1, 0.750 of that" in said
+
+
+@pytest.mark.parametrize("strides, tokens, forwards", [
+    ((4, 2, 1, 1), "144 tokens, 80 at frame stride 2, 48 at frame stride 4\n", 3),
+    ((1, 1, 1, 1), "144 tokens\n", 1)])
+def test_sample_follows_the_strides(strides, tokens, forwards, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "AVD", adavid.AVDConfig(strides=strides))
+    assert plan.main(["sample", "--preset", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert tokens in said and said.count("  a forward at") == forwards
+    assert f"4 steps at strides {' '.join(map(str, strides))}, " in said
+    assert ("1.000 of that" in said) == (max(strides) == 1)
+
+
+def test_tables_go_to_the_page(known_cycle, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "costs.md"
+    page.write_text("before\n<!-- plan -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(plan, "PAGE", page)
     monkeypatch.setattr(plan, "memory", lambda config, gpus, lora: {"weights": 240e9 / gpus})
     assert plan.main(["tables"]) == 0
-    first, second = capsys.readouterr().out.strip().split("\n\n")
-    for table, size in ((first, "1.3B"), (second, "14B")):
+    said = capsys.readouterr().out.strip()
+    assert page.read_text() == f"before\n<!-- plan -->\n\n{said}\n\n<!-- end -->\nafter\n"
+    for table, size in zip(said.split("\n\n"), ("1.3B", "14B"), strict=True):
         lines = [line.split("|") for line in table.splitlines()]
         assert size in lines[0][1] and len(lines) == 8 and {len(line) for line in lines} == {8}
         assert lines[2][3:6] == [" 243.0 ", " none ", " 96 "]

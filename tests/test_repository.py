@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in ROOT.rglob("*.py")
          if not {".venv", "runs", "build"} & set(file.relative_to(ROOT).parts)}
-PROGRAMS = {"train", "sample", "baselines"}
+PROGRAMS = ("train", "sample", "baselines")
 BELOW = {  # what each layer may import, besides itself
     "kernels": set(),
     "tiny_wan": set(),

@@ -1,4 +1,4 @@
-"""Wan2.1's architecture at every size, its files, and a toy world small enough for a laptop."""
+"""Wan2.1's transformer at every size, its files and codecs, and a toy world for a laptop."""
 
 from pathlib import Path
 
@@ -7,4 +7,4 @@ from tiny_wan.model import PRESETS, WanConfig, WanModel
 
 __all__ = ["PRESETS", "WEIGHTS", "ToyCodec", "WanCodec", "WanConfig", "WanModel", "open_codec"]
 
-WEIGHTS = Path(__file__).parent / "weights"  # a trained toy teacher and its interpolator
+WEIGHTS = Path(__file__).parent / "weights"  # of a toy teacher, and of its interpolator

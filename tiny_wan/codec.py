@@ -1,7 +1,7 @@
-"""Between people and tensors: prompts to embeddings, videos to latents and back.
+"""Codecs: prompts to embeddings, videos to latents, and latents to videos.
 
-`open_codec(path, config)` picks the toy's own codec, or Wan's text encoder and VAE through
-transformers and diffusers, from the Diffusers layout or from the original one.
+`open_codec(path, config)` returns the codec that fits a transformer: the toy's own, or Wan's text
+encoder and VAE. These run in transformers and diffusers, from either layout of the files.
 """
 
 import gc
@@ -20,51 +20,56 @@ from tiny_wan import checkpoint, world
 
 
 class Codec:
-    """What both codecs share: the sizes of videos."""
+    """What both codecs have in common."""
 
     def prepare(self):
-        """Load what decoding needs, so that a bad file is found before there is work to lose."""
+        """Load what `decode` needs, so that a damaged file is found before any work is done."""
 
     def latent_shape(self, frames=None, height=None, width=None, stride=1):
-        """`(c, f, h, w)` of the latents of a video, by default of the size Wan (or the toy) is for.
+        """The shape `(c, f, h, w)` of a video's latents; by default, of the codec's usual video.
 
-        f is 1 modulo `stride`. ValueError names the nearest sizes that fit.
+        f must be 1 modulo `stride`, and h and w even, as patches are 2 x 2 latents. ValueError
+        names the nearest sizes that fit.
         """
-        given = {"frames": (self.frames if frames is None else frames, 1,
-                            self.time_factor * stride),
-                 "height": (self.height if height is None else height, 0, 2 * self.space_factor),
-                 "width": (self.width if width is None else width, 0, 2 * self.space_factor)}
-        for name, (size, rest, step) in given.items():
-            below = (size - rest) // step * step + rest
-            if size < 1 or size != below:
-                fit = [n for n in (below, below + step) if n >= 1]
-                raise ValueError(f"{name} {size} does not fit; the nearest that do are "
-                                 f"{' and '.join(map(str, fit))}")
-        (frames, *_), (height, *_), (width, *_) = given.values()
+        frames = self.frames if frames is None else frames
+        height = self.height if height is None else height
+        width = self.width if width is None else width
+        check_size("frames", frames, self.time_factor * stride, remainder=1)
+        check_size("height", height, 2 * self.space_factor)
+        check_size("width", width, 2 * self.space_factor)
         return (self.channels, (frames - 1) // self.time_factor + 1, height // self.space_factor,
                 width // self.space_factor)
 
 
-class ToyCodec(Codec):
-    """The toy world's stand-in for UMT5 and the VAE: one-hot words, and lossless 2 x 2 patches.
+def check_size(name, size, step, remainder=0):
+    """ValueError unless `size` is positive and equals `remainder` modulo `step`."""
+    below = (size - remainder) // step * step + remainder
+    if size < 1 or size != below:
+        fit = [n for n in (below, below + step) if n >= 1]
+        raise ValueError(f"{name} {size} does not fit; the nearest that do are "
+                         f"{' and '.join(map(str, fit))}")
 
-    The factor 8 brings latents to about unit variance, as the VAE's normalisation does for Wan.
+
+class ToyCodec(Codec):
+    """The toy world's counterpart of UMT5 and the VAE: one-hot words, and lossless 2 x 2 patches.
+
+    The factor 8 gives latents about unit variance, as the VAE's normalisation does for Wan.
     """
 
     frames, height, width, fps = world.FRAMES, world.SIZE, world.SIZE, 8
     channels, time_factor, space_factor = 12, 1, 2
     text_dim, negative_prompt = len(world.VOCABULARY), ""
-    solver, batch_size = "euler", 16  # what suits sampling
+    solver, batch_size = "euler", 16  # defaults for sampling
 
     def encode_text(self, prompts):
-        """Prompts -> `[b, l, text_dim]`, l at least 1, zeros after a prompt's end.
+        """Prompts -> `[b, l, text_dim]`, with l at least 1 and zeros after the end of a prompt.
 
-        ValueError on words that the world does not have.
+        ValueError names a word that is not in the vocabulary.
         """
         for prompt in prompts:
             if unknown := [w for w in prompt.split() if w not in world.VOCABULARY]:
                 raise ValueError(f"prompt {prompt!r}: the toy does not know {unknown[0]!r}; "
-                                 f"its words are: {', '.join(world.VOCABULARY)}")
+                                 f"its words are {', '.join(world.VOCABULARY)}")
         longest = max([1, *(len(p.split()) for p in prompts)])
         text = torch.zeros(len(prompts), longest, self.text_dim)
         for row, prompt in zip(text, prompts):
@@ -73,26 +78,27 @@ class ToyCodec(Codec):
         return text
 
     def encode(self, video):
-        """RGB video in [0, 1] `[b, 3, f, h, w]` -> latents `[b, 12, f, h/2, w/2]`."""
+        """RGB videos in [0, 1] `[b, 3, f, h, w]` -> latents `[b, 12, f, h/2, w/2]`."""
         return rearrange(8 * (video - 0.5), "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2)
 
     def decode(self, latents):
-        """Latents -> RGB video, clamped to [0, 1]."""
+        """Latents -> RGB videos, clamped to [0, 1]."""
         video = rearrange(latents, "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
         return (video / 8 + 0.5).clamp(0, 1)
 
 
 class WanCodec(Codec):
-    """Wan's UMT5-XXL and causal VAE, from a Diffusers folder or from an original one.
+    """Wan's text encoder (UMT5-XXL) and causal VAE, from a folder in Diffusers' or Wan's layout.
 
-    ValueError says what is not in the folder.
-    dtype: of the text encoder, by default the file's own. The VAE works in float32.
-    tiling: decode the picture in tiles: slower, for cards with little memory.
+    dtype: of the text encoder; by default its file's own. The VAE is always float32.
+    tiling: decode the picture in tiles, which is slower but takes less memory.
+
+    Raises ValueError if the folder lacks one of the parts.
     """
 
     frames, height, width, fps = 81, 480, 832, 16
     channels, time_factor, space_factor = 16, 4, 8
-    solver, batch_size = "unipc", 1
+    solver, batch_size = "unipc", 1  # defaults for sampling
     negative_prompt = (  # Wan's own
         "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
         "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -106,12 +112,12 @@ class WanCodec(Codec):
         for part, names in self.NAMES.items():
             found = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
             if not found:
-                raise ValueError(f"{folder}: no {part} in it ({' or '.join(names)}); give the "
-                                 f"folder of a whole Wan2.1 with --codec")
+                raise ValueError(f"{folder}: contains no {part} ({' or '.join(names)}); use "
+                                 f"--codec to give a folder with all parts of Wan2.1")
             self.parts[part] = found[0]
 
     def encode_text(self, prompts):
-        """Prompts -> `[b, l, 4096]` on the CPU, zeros after each prompt's end, l at most 512."""
+        """Prompts -> `[b, l, 4096]` on the CPU, with l <= 512 and zeros after a prompt's end."""
         with self.text_encoder() as encode:
             rows = [encode(prompt) for prompt in
                     tqdm(prompts, desc="encode prompts", unit="prompt", leave=False)]
@@ -119,21 +125,23 @@ class WanCodec(Codec):
 
     @contextmanager
     def text_encoder(self):
-        """A function from a prompt to `[l, 4096]`. The encoder is in memory within the block alone.
+        """A context with a function from a prompt to its embedding `[l, 4096]` on the CPU.
 
-        It has 11 GB in bfloat16, and runs on a GPU if it fits there, else on the CPU.
+        The text encoder takes 11 GB in bfloat16. It runs on the GPU if it fits there, else on the
+        CPU, and is freed at the end of the context.
         """
         import ftfy
         from transformers import AutoTokenizer
 
-        with blaming(self.parts["tokenizer"]):
+        with loading(self.parts["tokenizer"]):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.parts["tokenizer"], local_files_only=True, trust_remote_code=False)
-        with blaming(self.parts["text encoder"]):
-            encoder = finite(load_text_encoder(self.parts["text encoder"], self.dtype))
+        with loading(self.parts["text encoder"]):
+            encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
+            check_finite(encoder)
         if len(tokenizer) > encoder.config.vocab_size:
-            raise ValueError(f"{self.parts['tokenizer']}: {len(tokenizer)} tokens, but the text "
-                             f"encoder knows {encoder.config.vocab_size}; they are no pair")
+            raise ValueError(f"{self.parts['tokenizer']}: has {len(tokenizer)} tokens, but the "
+                             f"text encoder {encoder.config.vocab_size}; they do not fit together")
         size = sum(p.nbytes for p in encoder.parameters())
         fits = self.device.type == "cuda" and size < 0.9 * torch.cuda.mem_get_info(self.device)[0]
         device = self.device if fits else torch.device("cpu")
@@ -146,7 +154,7 @@ class WanCodec(Codec):
                 return encoder(tokens.input_ids.to(device)).last_hidden_state[0].cpu()
 
         yield encode
-        del encoder, encode
+        encoder = None  # otherwise the caller's `encode` would keep it in memory
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -155,38 +163,41 @@ class WanCodec(Codec):
 
     @cached_property
     def vae(self):
-        with blaming(self.parts["VAE"]):
-            vae = finite(load_vae(self.parts["VAE"])).requires_grad_(False).to(self.device)
+        with loading(self.parts["VAE"]):
+            vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
+            check_finite(vae)
         if self.tiling:
             vae.enable_tiling()
         return vae
 
     def statistics(self):
-        """The mean and the deviation of each latent channel, `[16, 1, 1, 1]`."""
+        """Mean and standard deviation of each latent channel, both `[16, 1, 1, 1]`."""
         return (torch.tensor(numbers, device=self.device).view(-1, 1, 1, 1) for numbers in
                 (self.vae.config.latents_mean, self.vae.config.latents_std))
 
+    @torch.no_grad()
     def encode(self, video):
-        """RGB video in [0, 1] `[b, 3, 4f-3, 8h, 8w]` -> normalised latents `[b, 16, f, h, w]`."""
+        """RGB videos in [0, 1] `[b, 3, 4f-3, 8h, 8w]` -> normalised latents `[b, 16, f, h, w]`."""
         mean, std = self.statistics()
-        with torch.no_grad():
-            latents = [self.vae.encode(2 * v[None].to(self.device) - 1).latent_dist.mode()
-                       for v in video.float()]
+        latents = [self.vae.encode(2 * v[None].to(self.device) - 1).latent_dist.mode()
+                   for v in video.float()]
         return (torch.cat(latents) - mean) / std
 
+    @torch.no_grad()
     def decode(self, latents):
-        """Normalised latents -> RGB video in [0, 1], one after the other to save memory."""
+        """Normalised latents -> RGB videos in [0, 1]. Decodes one at a time, to save memory."""
         mean, std = self.statistics()
-        with torch.no_grad():
-            videos = [self.vae.decode((x[None].to(self.device) * std + mean)).sample
-                      for x in latents.float()]
+        videos = [self.vae.decode(x[None].to(self.device) * std + mean).sample
+                  for x in latents.float()]
         return (torch.cat(videos) / 2 + 0.5).clamp(0, 1)
 
 
 def open_codec(path, config, other=None, **options):
-    """The codec for the transformer at `path`; `other` is a folder with Wan's text encoder and VAE.
+    """The codec for the transformer at `path`.
 
-    options: WanCodec's.
+    config: the transformer's WanConfig.
+    other: a folder with Wan's text encoder and VAE; by default the transformer's own.
+    options: WanCodec's arguments; the toy's codec has none.
     """
     if (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim):
         return ToyCodec()
@@ -197,9 +208,9 @@ def open_codec(path, config, other=None, **options):
 
 
 @contextmanager
-def blaming(path):
-    """Turn whatever a library says about a bad file into a ValueError that names the file."""
-    logging.disable(logging.WARNING)  # they would say it on twenty lines first
+def loading(path):
+    """A context in which any error of a library becomes a ValueError that names the file."""
+    logging.disable(logging.WARNING)  # the libraries would log twenty lines before they raise
     try:
         yield
     except ModuleNotFoundError:
@@ -211,26 +222,25 @@ def blaming(path):
 
 
 def complete(model, info):
-    """The model, if all of its tensors were in the file: the libraries would invent the rest."""
+    """The model. ValueError if its file lacks tensors, which the libraries draw at random."""
     if info["missing_keys"]:
-        raise ValueError(f"tensor {sorted(info['missing_keys'])[0]!r} is missing")
+        raise ValueError(f"tensor {min(info['missing_keys'])!r} is missing")
     return model
 
 
-def finite(model):
-    """The model, if all of its numbers are: or each video and prompt would seem to be at fault."""
+def check_finite(model):
+    """ValueError names a tensor that is not finite. Unchecked, the inputs would seem at fault."""
     for name, p in model.named_parameters():
         if not p.detach().sum(dtype=torch.float32).isfinite():
             raise ValueError(f"tensor {name!r} is not finite")
-    return model
 
 
 def read_pth(file):
-    """The tensors of a torch file, memory-mapped where its format allows."""
+    """The tensors in a file of torch.save, memory-mapped if its format allows it."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-T5_NAMES = {  # the original code's, and transformers'
+T5_NAMES = {  # from the original code's to those of transformers
     "token_embedding": "shared", "blocks": "encoder.block", "norm": "encoder.final_layer_norm",
     "norm1": "layer.0.layer_norm", "attn": "layer.0.SelfAttention",
     "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
@@ -240,7 +250,7 @@ T5_NAMES = {  # the original code's, and transformers'
 
 
 def load_text_encoder(path, dtype=None):
-    """UMT5's encoder from a folder of transformers, or from the original code's file."""
+    """UMT5's encoder, from a folder of transformers or a file of the original code."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     if path.is_dir():
@@ -261,12 +271,12 @@ def load_text_encoder(path, dtype=None):
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config)
     encoder.load_state_dict(tensors, assign=True)
-    encoder.set_input_embeddings(encoder.shared)  # one table again, not two
+    encoder.set_input_embeddings(encoder.shared)  # `assign` made two tables of the shared one
     return encoder.eval()
 
 
 def load_vae(path):
-    """Wan's VAE in float32 from a folder of diffusers, or from the original code's file."""
+    """Wan's VAE in float32, from a folder of diffusers or a file of the original code."""
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 

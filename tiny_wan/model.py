@@ -1,11 +1,15 @@
-"""The Wan2.1 text-to-video transformer, one class from a toy of 0.7M parameters to 14B.
+"""The Wan2.1 text-to-video transformer: one class, from a toy of 0.7M parameters to 14B.
 
     model = WanModel(PRESETS["tiny"]).init_weights()      # or WanModel.from_pretrained(folder)
     velocity = model(x_t, t, text)
 
-Parameter names and numerics are those of the original code (github.com/Wan-Video/Wan2.1), so its
-checkpoints load as they are. Reference: "Wan: Open and Advanced Large-Scale Video Generative
-Models", arXiv 2503.20314.
+Parameter names and numerics are those of the original code (github.com/Wan-Video/Wan2.1), so the
+published checkpoints load without conversion. Reference: "Wan: Open and Advanced Large-Scale Video
+Generative Models", arXiv 2503.20314.
+
+A model that is loaded in bfloat16 runs its large matrix products and its attention in bfloat16. The
+time embedding, norms, modulation, gated residuals and rotations are computed in float32: they are
+cheap, and bfloat16 keeps only 8 significant bits (757 becomes 756).
 """
 
 import math
@@ -25,7 +29,7 @@ from tiny_wan import checkpoint
 
 @dataclass(frozen=True)
 class WanConfig:
-    """One architecture; the field names are those of the original `config.json`."""
+    """The sizes of a model. Field names are those of the original `config.json`."""
 
     dim: int
     ffn_dim: int
@@ -42,11 +46,11 @@ class WanConfig:
     def __post_init__(self):
         if self.num_heads < 1 or self.dim % (2 * self.num_heads):
             raise ValueError(f"num_heads {self.num_heads} does not split dim {self.dim} into heads "
-                             f"of an even size")
+                             f"of equal, even width")
 
     @classmethod
     def from_pretrained(cls, path):
-        """The architecture of the weights at `path`, without loading them."""
+        """The sizes of the model at `path`, without loading its weights."""
         fields = checkpoint.read_config(path)
         try:
             return cls(**fields)
@@ -54,24 +58,24 @@ class WanConfig:
             raise ValueError(f"{checkpoint.named(path)}: {error}") from None
 
 
-PRESETS = {
+PRESETS = {  # dim, ffn_dim, num_heads, num_layers
     "tiny": WanConfig(96, 384, 4, 4, in_dim=12, out_dim=12, text_dim=15, text_len=8),
     "wan-1.3b": WanConfig(1536, 8960, 12, 30),
     "wan-14b": WanConfig(5120, 13824, 40, 40),
 }
-KEPT_PRECISE = re.compile(r"time_embedding|time_projection|modulation|norm")
+KEPT_PRECISE = re.compile(r"time_embedding|time_projection|modulation|norm")  # loaded in float32
 
 
 def sinusoidal_embedding(t, dim):
-    """`t` `[b]` in [0, 1000] -> `[b, dim]`, cosines first. In float32, as in diffusers."""
-    places = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * places / (dim // 2))
+    """`t` `[b]` in [0, 1000] -> `[b, dim]`: cosines, then sines. In float32, as in diffusers."""
+    channel = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * channel / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 @torch.compiler.assume_constant_result
 def rope(*shape):
-    """`rope_table`, which torch.compile takes as it is: it looks through a cache, and warns."""
+    """`rope_table` as a constant for torch.compile, which would ignore the cache and warn."""
     return rope_table(*shape)
 
 
@@ -79,12 +83,17 @@ def rope(*shape):
 def rope_table(f, h, w, head_dim, frame_stride, device):
     """Cosines and signed sines `[f*h*w, 1, head_dim]` of the 3D rotary embedding, for `rotate`.
 
-    Frame, row and column own `d - 4 (d // 6)`, `2 (d // 6)` and `2 (d // 6)` of the d channels.
-    Frames stand at positions 0, s, 2s, ...: at stride s a frame keeps its true place in time.
+    The channels of each head are divided among the three axes, in the order time, height, width.
+    Of d channels, height and width get `2 (d // 6)` each, and time gets the rest. Each pair of an
+    axis's channels is rotated by the position on that axis times the pair's frequency.
+
+    At frame stride s, frames have positions 0, s, 2s, ... in time, as in the full-rate video.
+    Renumbered 0, 1, 2, ..., they would pass for adjacent frames, and the video would move less.
     """
     split = 2 * (head_dim // 6)
     angles = []
-    # On the CPU, as MPS has no float64; and never as inference tensors, for the table is kept.
+    # On the CPU, because MPS has no float64. Not as inference tensors, because the cache may give
+    # the table to training later.
     with torch.device("cpu"), torch.inference_mode(False):
         for n, dim, stride in (
                 (f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
@@ -104,7 +113,8 @@ def rope_table(f, h, w, head_dim, frame_stride, device):
 def rotate(x, rope):
     """Rotate each pair of neighbouring channels of `x` `[b, tokens, heads, d]` by its angle.
 
-    (a, b) -> (a cos - b sin, b cos + a sin), where rolling the pair puts (b, a) beside (a, b).
+    (a, b) -> (a cos - b sin, b cos + a sin). The roll swaps each pair to (b, a), and the table's
+    sines have the signs (-, +).
     """
     cos, sin = rope
     swapped = x.float().unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
@@ -112,7 +122,7 @@ def rotate(x, rope):
 
 
 class RMSNorm(nn.Module):
-    """Over the full width, all heads together, in float32."""
+    """Normalises over the full width, all heads together, and computes in float32."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -124,16 +134,18 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32, whatever the input."""
+    """nn.LayerNorm that computes in float32, whatever the dtype of `x`."""
 
     def forward(self, x):
-        weight = self.weight if self.weight is None else self.weight.float()
-        bias = self.bias if self.bias is None else self.bias.float()
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
 class Attention(nn.Module):
-    """Queries from `x`; keys and values from `context`, or from `x` itself with rotary places."""
+    """Multi-head attention of `x` to `context`, or to itself.
+
+    x: `[b, tokens, dim]`; context: `[b, l, dim]`; rope: the tables of `rope_table`.
+    """
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -152,16 +164,21 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """adaLN, in float32: shift and scale are not rounded before they are applied."""
+    """Adaptive layer norm: scale and shift the normalised `x`, in float32."""
     return (x.float() * (1 + scale)).add_(shift).type_as(x)
 
 
 def add_gated(x, y, gate):
-    """The residual, in float32."""
+    """The residual `x + gate * y`, summed in float32."""
     return (y.float() * gate).add_(x).type_as(x)
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention to the text, and a feed-forward network.
+
+    The norms are in order of use: the original names them norm1, norm3, norm2.
+    """
+
     def __init__(self, c):
         super().__init__()
         self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
@@ -174,7 +191,12 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, c.dim))
 
     def forward(self, x, e, text, rope):
-        """`x` `[b, tokens, dim]`, `e` `[b, 6, dim]` float32, `text` `[b, text_len, dim]`."""
+        """`x` `[b, tokens, dim]`, `text` `[b, text_len, dim]` -> `[b, tokens, dim]`.
+
+        e: `[b, 6, dim]`, float32, from the time and the same for all blocks: shift, scale and gate
+            of the self-attention, then of the feed-forward network. Each block adds its own
+            `modulation`.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)
         y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=rope)
         x = add_gated(x, y, gate1)
@@ -184,6 +206,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Maps each token to the velocity of its patch."""
+
     def __init__(self, c):
         super().__init__()
         self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
@@ -191,17 +215,18 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, c.dim))
 
     def forward(self, x, e):
+        """`x` `[b, tokens, dim]`, `e` `[b, dim]` float32 -> `[b, tokens, patch * out_dim]`."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
         return self.head(modulate(self.norm(x), shift, scale))
 
 
 class WanModel(nn.Module):
-    """Velocity `noise - x0` of a noised video latent. See `forward` for shapes."""
+    """Predicts the velocity `noise - x0` of a noised video latent. See `forward` for shapes."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.gradient_checkpointing = False  # recompute each block in backward: memory for time
+        self.gradient_checkpointing = False  # recompute blocks in backward: less memory, more time
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, stride=c.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(c.text_dim, c.dim), nn.GELU("tanh"), nn.Linear(c.dim, c.dim))
@@ -212,12 +237,14 @@ class WanModel(nn.Module):
         self.head = Head(c)
 
     def forward(self, x, t, text, frame_stride=1):
-        """Velocity of `x` at time `t`, the same shape and dtype as `x`.
+        """The velocity at time `t`, in the shape and dtype of `x`.
 
-        x: `[b, c, f, h, w]`, each of f, h, w a multiple of the patch's.
+        x: noised latents `[b, c, f, h, w]`, with f, h and w multiples of the patch size.
         t: `[b]` in [0, 1000].
-        text: `[b, l, text_dim]` with l <= text_len, zero-padded to text_len.
-        frame_stride: frames of `x` stand at times 0, s, 2s, ... of the full-rate video.
+        text: `[b, l, text_dim]` with l <= text_len; it is padded with zeros to text_len.
+        frame_stride: s, if `x` holds every s-th frame of the video (see `rope_table`).
+
+        Raises ValueError if the shape of `x` or `text` does not fit.
         """
         c = self.config
         dtype = self.patch_embedding.weight.dtype
@@ -225,18 +252,21 @@ class WanModel(nn.Module):
         if x.ndim != 5 or x.shape[1] != c.in_dim or any(
                 n % m for n, m in zip(x.shape[2:], c.patch_size)):
             raise ValueError(f"x is {list(x.shape)}, but must be [b, {c.in_dim}, f, h, w] with f, "
-                             f"h, w multiples of the patch {c.patch_size}")
+                             f"h and w multiples of the patch size {c.patch_size}")
         if text.ndim != 3 or text.shape[2] != c.text_dim or text.shape[1] > c.text_len:
             raise ValueError(f"text is {list(text.shape)}, but must be [b, l, {c.text_dim}] with "
                              f"l at most {c.text_len}, the model's text_len")
 
+        # index() turns torch.compile's symbolic integers into plain ones, as `rope` needs
         f, h, w = (index(n // m) for n, m in zip(x.shape[2:], c.patch_size))
         places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
-        tokens = tokens.contiguous()  # or every layer's norm would copy them
+        tokens = tokens.contiguous()  # otherwise the norms of every layer would copy them
         if text.shape[1] < c.text_len:
             text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
         text = self.text_embedding(text.to(dtype))
+
+        # e `[b, dim]` embeds the time and goes to the head; e6 `[b, 6, dim]` goes to all blocks
         precise = self.time_embedding[0].weight.dtype
         e = self.time_embedding(sinusoidal_embedding(t.to(x.device), c.freq_dim).to(precise))
         e6 = self.time_projection(e.to(self.time_projection[1].weight.dtype))
@@ -251,16 +281,17 @@ class WanModel(nn.Module):
                          f=f, h=h, w=w, p=p, q=q, r=r).to(x.dtype)
 
     def init_weights(self, seed=0):
-        """Random weights to train from scratch: Wan's own scheme, but for the gates. -> self
+        """Draw random weights, to train from scratch; return the model.
 
-        Wan draws all modulation near zero, which keeps every block shut for thousands of steps;
-        gates that start at one let a tiny network learn coherence within minutes.
+        This is Wan's own scheme, except for the gates. Wan draws all modulation near zero, so a
+        block adds almost nothing for thousands of steps. With gates that start at one, a tiny
+        network learns coherent motion within minutes.
         """
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("modulation"):
                 nn.init.normal_(p, std=self.config.dim ** -0.5, generator=g)
-                if p.shape[1] == 6:
+                if p.shape[1] == 6:  # of a block, where 2 and 5 are the gates
                     p.data[:, [2, 5]] += 1
             elif name.startswith("head.") or name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -272,12 +303,12 @@ class WanModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
-        """A model from a folder or a safetensors file of any layout (see `checkpoint.py`).
+        """The model in a folder or a safetensors file, in any layout of `checkpoint.py`.
 
-        dtype: by default the file's own, memory-mapped. In a shorter one than float32, what Wan
-            computes in float32 stays in it: the time embedding, the modulation and the norms.
-        ValueError or FileNotFoundError names the file, and the tensor that is missing, left over
-        or of another shape.
+        dtype: of the weights; by default the file's own, and then they stay memory-mapped. If one
+            is given, the time embedding, modulation and norms are still loaded in float32.
+
+        Raises ValueError or FileNotFoundError, which name the file and the tensors at fault.
         """
         def convert(name, tensor):
             precise = dtype is not None and KEPT_PRECISE.search(name)
@@ -290,10 +321,11 @@ class WanModel(nn.Module):
         return model
 
     def save_pretrained(self, path, layout="original", metadata=None):
-        """Write what `from_pretrained` and the software of that layout read, above 5 GB in shards.
+        """Write the model for `from_pretrained`, and for other software that uses the layout.
 
-        layout: "original" or "diffusers", a folder; or "comfyui", one file: `path`, if it ends in
-            .safetensors, or else in the folder `path`.
-        metadata: strings for the files' headers.
+        layout: "original" and "diffusers" write to the folder `path`, in shards above 5 GB.
+            "comfyui" writes one file: `path` if it ends in .safetensors, else a file in the
+            folder `path`, named after it.
+        metadata: strings for the headers of the safetensors files.
         """
         checkpoint.write(path, asdict(self.config), self.state_dict(), layout, metadata)

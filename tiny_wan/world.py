@@ -1,9 +1,10 @@
-"""The toy world: short videos of one soft disc, their prompts, and an oracle that reads them back.
+"""The toy world: short videos of one ball, their prompts, and an oracle that measures videos.
 
-A ball of one of six natural colours crosses a grey background of 16 x 16 pixels within 9 frames, at
-any speed from nearly still to fast. Prompts always name the colour; direction and speed are named
-in a part of them and left open in the rest, which is where few-step students lose motion.
-A video is `b c f h w`, RGB in [0, 1]. Lengths are in pixels, speeds in pixels per frame.
+A ball with one of six muted colours moves over a grey background of 16 x 16 pixels for 9 frames, at
+any speed from nearly zero to fast. Every prompt names the colour. Some also name the direction, and
+of these some name the speed. Where a prompt leaves them open, few-step students lose motion.
+
+Videos are `b c f h w`, RGB in [0, 1]. Lengths are in pixels, speeds in pixels per frame.
 """
 
 import math
@@ -14,23 +15,23 @@ import torch
 FRAMES, SIZE, RADIUS = 9, 16, 3.0
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # hues 0, 60, ..., 300 degrees
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}  # (x, y)
-SLOW, FAST = 0.45, 0.7  # below one a ball moves slowly, above the other fast
+SLOW, FAST = 0.45, 0.7  # "slowly" is below the first speed, "fast" above the second
 MAX_SPEED = 1.0
-NOT_MOVING = 0.15  # slower than this, nobody can name a direction
+NOT_MOVING = 0.15  # below this speed, no direction can be seen
 VOCABULARY = ("a", *COLOURS, "ball", "moving", *DIRECTIONS, "slowly", "fast")
 
 
 def make(seed, indices):
     """Videos `[b, 3, 9, 16, 16]` and their prompts. Sample i of a seed is the same in any batch."""
-    # NumPy's seeds take any number of words; torch's generator looks at 32 bits alone.
+    # NumPy seeds from any tuple of integers; torch's CPU generator uses only 32 bits of a seed.
     u = torch.from_numpy(np.stack([
         np.random.default_rng((seed, i)).random(11, dtype=np.float32) for i in indices]))
     (name_motion, name_speed, colour, hue, saturation, value, grey, speed, direction, along,
      across) = u.unbind(1)
     colour, direction, speed = (colour * 6).long(), (direction * 4).long(), MAX_SPEED * speed.sqrt()
 
-    # The ball comes in at one side, so that its direction shows in its place from the first frame
-    # on; and it stays inside, so that a fast one starts close to the edge.
+    # The ball starts near the side that it moves away from, so its first place already shows its
+    # direction. It stays inside the picture, so a fast ball starts closest to the edge.
     margin = RADIUS + 0.5
     heading = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)[direction]
     along = margin + along * (SIZE - 2 * margin - speed * (FRAMES - 1)).clamp(0, 2)
@@ -69,33 +70,35 @@ def prompt_of(colour, direction=None, speed=None):
 
 
 def without_motion(prompt):
-    """The prompt with direction and speed left open."""
+    """The prompt without direction and speed."""
     return prompt.partition(" moving")[0]
 
 
 def hsv_to_rgb(hue, saturation, value):
-    """`hue` in degrees, the rest in [0, 1], each `[b]` -> RGB `[b, 3]`."""
+    """`hue` in degrees, `saturation` and `value` in [0, 1], all `[b]` -> RGB `[b, 3]`."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue[:, None] / 60) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------
-# The oracle: it sees pixels alone
+# The oracle: it measures videos from their pixels alone
 # ---------------------------------------------------------------------------------------------
 
 def read(video):
-    """Read videos `[b, 3, f, h, w]`: a dict of `[b]` tensors.
+    """Measure videos `[b, 3, f, h, w]`; return a dict of `[b]` tensors.
 
-    whole       the ball is there, compact, of one size and colour, and never jumps: the instance
-                is preserved
-    hue         of the ball, degrees; `saturation`, its HSV saturation; `red`, `green`, `blue`
-    size        of the ball, in pixels
-    ground      brightness of what is around it
-    x, y        its place in the middle of the video; `vx`, `vy`, its velocity, pixels per frame
-    flicker     mean absolute second difference of the pixels in time
+    whole               the instance is preserved: the ball is always there and compact, keeps its
+                        size and colour, and never jumps
+    hue, saturation     of the ball, in HSV; hue in degrees
+    red, green, blue    of the ball, in [0, 1]
+    size                of the ball, its area in pixels
+    ground              brightness of the background
+    x, y                the ball's mean place
+    vx, vy              the ball's mean velocity
+    flicker             mean absolute second difference of the pixels in time
     """
     video = video.float().clamp(0, 1)
-    chroma = video.amax(1) - video.amin(1)  # b f h w: the background is grey
+    chroma = video.amax(1) - video.amin(1)  # b f h w; zero on the grey background
     mask = (chroma > 0.12).float()
     area = mask.sum((2, 3))
     count = area.clamp(min=1)
@@ -106,7 +109,7 @@ def read(video):
     y = (weight.sum(3) * pixel).sum(-1) / total
     spread = (mask * ((pixel - x[..., None, None]) ** 2
                       + (pixel[:, None] - y[..., None, None]) ** 2)).sum((2, 3)) / count
-    compactness = area / (2 * math.pi * spread.clamp(min=1e-6))  # one for a disc, less if split
+    compactness = area / (2 * math.pi * spread.clamp(min=1e-6))  # 1 for a disc, less if it is split
 
     rgb = (video * mask[:, None]).sum((3, 4)) / count[:, None]  # b 3 f
     hue, saturation = hue_and_saturation(rgb)
@@ -126,14 +129,14 @@ def read(video):
         "ground": (video.mean(1) * (1 - mask)).sum((1, 2, 3)) / (1 - mask).sum((1, 2, 3)).clamp(1),
         "x": x.mean(1),
         "y": y.mean(1),
-        "vx": (x * time).sum(1) / (time ** 2).sum(),  # least squares: jitter is not motion
+        "vx": (x * time).sum(1) / (time ** 2).sum(),  # a least-squares fit: jitter is not motion
         "vy": (y * time).sum(1) / (time ** 2).sum(),
         "flicker": video.diff(n=2, dim=2).abs().mean((1, 2, 3, 4)),
     }
 
 
 def hue_and_saturation(rgb):
-    """`rgb` `[b, 3, ...]` -> hue in degrees and HSV saturation, each `[b, ...]`."""
+    """`rgb` `[b, 3, ...]` -> hue in degrees and HSV saturation, both `[b, ...]`."""
     r, g, b = rgb.unbind(1)
     top, low = rgb.amax(1), rgb.amin(1)
     hue = torch.rad2deg(torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
@@ -145,12 +148,16 @@ def hue_distance(a, b):
 
 
 def score(video, prompts):
-    """Oracle scores of videos against their prompts: a dict of `[b]` float tensors.
+    """Score videos against their prompts; return a dict of `[b]` float tensors.
 
-    instance    1 where the instance is preserved         colour, direction, prompt: 1 where right
-    dynamic     1 where the ball really moves             speed: pixels per frame
-    saturation, flicker: as read. `direction` is NaN where the prompt leaves it open, and so is
-    `open_speed` where the prompt names a direction.
+    instance                1 if the instance is preserved (`whole` in `read`), else 0
+    colour                  1 if it is the prompt's
+    direction               1 if it is the prompt's; NaN if the prompt names none
+    prompt                  1 if instance, colour, direction and speed are all right
+    dynamic                 1 if the ball moves visibly
+    speed                   of the ball
+    open_speed              the same; NaN if the prompt names a direction
+    saturation, flicker     as in `read`
     """
     r = read(video)
     speed = (r["vx"] ** 2 + r["vy"] ** 2).sqrt()
@@ -180,7 +187,7 @@ def score(video, prompts):
 
 
 def diversity(video, real):
-    """How widely readings vary over a set of videos, as a share of how they do over real ones."""
+    """Standard deviation over the videos, relative to real videos: a mean of five measurements."""
     names = ("x", "y", "vx", "vy", "saturation")
-    ours, theirs = map(read, (video, real))
-    return torch.stack([ours[name].std() / theirs[name].std() for name in names]).mean().item()
+    ours, reals = read(video), read(real)
+    return torch.stack([ours[name].std() / reals[name].std() for name in names]).mean().item()

@@ -1,11 +1,11 @@
-"""What things cost: counted, which is the same on every machine, and timed, as ratios in one run.
+"""What training, the transformer, the sampler, the demo and the kernels cost.
 
-    python -m tools.bench                   all but the long one: eight minutes on two cores
-    python -m tools.bench --parts large     WanModel against diffusers, larger: 15 minutes
+    python -m tools.bench                    everything; a quarter of an hour on two cores
+    python -m tools.bench --parts kernels    one part of it
 
-Each part replaces its own figures in docs/bench.json, and with them the README's tables; the last
-line printed is all of that as JSON. The released recipe is its schedule of forwards, written here
-on our model: its code is not.
+Each part replaces its figures in docs/costs.json and its lines in docs/costs.md. The last line of
+output is all figures as JSON. Of the released recipe, only its schedule of forwards is compared; it
+runs on our model.
 """
 
 import ctypes
@@ -16,42 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from unittest import mock
+from statistics import mean, median
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import adavid
-import train
-from runtime.models import load_interpolator
-from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel
 from runtime import cli
-from tools import plan, report
-from tools.ablation import markdown, write_shards
+from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel
+from tools.costs import PAGE, at_full_depth, build, count, inputs
+from tools.page import fill, markdown
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "bench.json"
-PARTS = ("cycle", "model", "sampler", "compiled", "data", "demo", "kernels")
+RESULTS = PAGE.with_suffix(".json")
+PARTS = ("cycle", "sampler", "demo", "kernels", "model")  # model comes last: it sets malloc up
 WAN = (16, 21, 60, 104)  # latents of 81 frames at 480 x 832
 
 
 @dataclass
 class Bench:
-    """Count and time training, transformer, sampler, kernels, data loading and demo."""
+    """Count and time training, transformer, sampler, demo and kernels for docs/costs.md."""
 
-    parts: tuple[str, ...] = PARTS
-    """which; there is also `large`"""
-    results: Path = RESULTS
-    """file of all figures, of which each part replaces its own"""
-    readme: Path = ROOT / "README.md"
-    """gets the tables"""
+    parts: tuple[Literal[PARTS], ...] = PARTS
+    """the parts to run"""
 
 
 def main(argv=None):
@@ -59,18 +50,14 @@ def main(argv=None):
 
 
 def run(args):
-    if unknown := set(args.parts) - {*PARTS, "large"}:
-        raise ValueError(f"--parts {unknown.pop()}: there are {', '.join(PARTS)} and large")
-    figures = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    programs = {"cycle": bench_cycle, "sampler": bench_sampler, "demo": bench_demo,
+                "kernels": bench_kernels, "model": bench_model}
+    figures = json.loads(RESULTS.read_text())
     for part in args.parts:
-        began = time.perf_counter()
-        figures[part] = globals()[f"bench_{part}"]()
-        figures[part]["seconds"] = time.perf_counter() - began
-        print(f"{part}, {figures[part]['seconds']:.0f} s:", json.dumps(figures[part]), flush=True)
-        figures["machine"] = machine()
-        args.results.write_text(json.dumps(figures, indent=1) + "\n")
-    readme = args.readme.read_text(encoding="utf-8")
-    args.readme.write_text(report.filled(readme, tables(figures)), encoding="utf-8")
+        print(f"{part} ...", flush=True)
+        figures[part] = programs[part]() | {"machine": machine()}
+        RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks(figures)), encoding="utf-8")
     print(json.dumps(figures))
 
 
@@ -82,9 +69,9 @@ def machine():
 
 
 def in_turn(calls, runs):
-    """The median of what each call gives back, by element: of `runs`, after one more.
+    """The medians, over `runs` rounds, of the numbers that each call returns.
 
-    One run of each follows the other, so that a busy machine is busy for all.
+    The calls take turns, so that a busy machine slows all of them. The first round is a warm-up.
     """
     results = {name: [] for name in calls}
     for _ in range(runs + 1):
@@ -94,124 +81,105 @@ def in_turn(calls, runs):
 
 
 def seconds(function, *args):
-    """How long it takes, as `in_turn` wants it."""
+    """How long a call takes, in a list, as `in_turn` wants it."""
     began = time.perf_counter()
     function(*args)
     return [time.perf_counter() - began]
 
 
 # ---------------------------------------------------------------------------------------------
-# A training cycle
+# A training cycle: one student update, five critic updates
 # ---------------------------------------------------------------------------------------------
 
-HALF = (2, 2, 1, 1)
-SCHEDULES = {  # what is saved: rollouts end early, critic updates that need none, strides
+SCHEDULES = {  # do rollouts end early, how many critic updates need none, the training strides
     "released schedule": (False, 0, (1, 1, 1, 1)),
     "+ rollouts end at the sampled step": (True, 0, (1, 1, 1, 1)),
-    "+ the student's videos serve a critic update (default)": (True, 1, (1, 1, 1, 1)),
-    "+ they serve all of a cycle's (--one-rollout)": (True, 5, (1, 1, 1, 1)),
-    "+ steps at half rate (--train-strides 2 2 1 1)": (True, 5, HALF),
+    "+ the student's videos serve one critic update (default)": (True, 1, (1, 1, 1, 1)),
+    "+ they serve all critic updates of a cycle (--one-rollout)": (True, 5, (1, 1, 1, 1)),
+    "+ steps at half rate (--train-strides 2 2 1 1)": (True, 5, (2, 2, 1, 1)),
 }
 
 
 def bench_cycle():
-    return {"forwards": count_cycles(PRESETS), "toy_seconds": timed_cycles()}
+    costs = {preset: forward_costs(PRESETS[preset]) for preset in ("wan-1.3b", "wan-14b")}
+    return {"forwards": {preset: {name: forwards(cost, *schedule)
+                                  for name, schedule in SCHEDULES.items()}
+                         for preset, cost in costs.items()},
+            "toy_seconds": time_cycles()}
 
 
-def count_cycles(presets):
-    """A cycle under each schedule, in forwards at the full rate, by preset."""
-    forwards = {}
-    for preset in presets:
-        shape = ToyCodec().latent_shape() if preset == "tiny" else WAN
-        full, *costs = plan.at_full_depth(PRESETS[preset], lambda config: prices(config, shape))
-        forwards[preset] = {name: sum(calls * cost / full for calls, cost in zip(
-            calls_of(schedule), (full, *costs))) / 4 for name, schedule in SCHEDULES.items()}
-    return forwards
+def forward_costs(config, shape=WAN):
+    """FLOPs of a forward at frame strides 1 and 2, in forwards at the full rate."""
+    def counted(config):
+        model = build(config).requires_grad_(False)
+        x, text = inputs(config, shape, 1)
+        t = torch.empty(1, device="meta")
+        return np.array([count(partial(model, x[:, :, ::stride], t, text, frame_stride=stride))[0]
+                         for stride in (1, 2)])
+
+    full, half = at_full_depth(config, counted)
+    return {1: 1.0, 2: half / full}
 
 
-KINDS = [(network, grad) for network in (1, 2, "interpolator") for grad in (False, True)]
+def forwards(cost, ends_early, served, strides):
+    """A cycle's cost in forwards at the full rate, averaged over the steps. A backward costs two.
 
-
-class Recorder(torch.nn.Module):
-    """Stands in for a model at any frame rate, or for the interpolator, and counts its calls."""
-
-    def __init__(self, calls, interpolates=False):
-        super().__init__()
-        self.calls, self.interpolates = calls, interpolates
-        self.weight = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x, t=None, text=None, frame_stride=1):
-        network = "interpolator" if self.interpolates else frame_stride
-        self.calls[network, torch.is_grad_enabled()] += 1
-        frames = 2 * x.shape[2] - 1 if self.interpolates else x.shape[2]
-        return self.weight * x[:, :, :1].expand(-1, -1, frames, -1, -1)
-
-
-def calls_of(schedule):
-    """How often four cycles run each of KINDS."""
-    calls = Counter()
-    cycles([Recorder(calls) for _ in range(3)], Recorder(calls, interpolates=True),
-           torch.randn(1, 1, 5, 1, 1), torch.randn(1, 1, 1), *schedule)
-    return [calls[kind] for kind in KINDS]
-
-
-def prices(config, shape):
-    """FLOPs of a run of each of KINDS, with its backward where it has a gradient.
-
-    Counted on the meta device. Attention is the plain one: to compute its scores again in backward
-    is no progress, nor is it to compute blocks again.
+    What is computed twice counts once. The interpolator is not counted: at Wan's sizes it costs
+    less than a thousandth of a forward.
     """
-    model, (x, text) = plan.build(config), plan.inputs(config, shape, 1)
-    with torch.device("meta"):
-        interpolator = adavid.FrameInterpolator(shape[0], 32).requires_grad_(False)
-        t = torch.empty(1)
-    half, costs = x[:, :, ::2], []
-    for network, grad in KINDS:
-        run = {1: partial(model, x, t, text), 2: partial(model, half, t, text, frame_stride=2),
-               "interpolator": partial(interpolator, half.detach().requires_grad_(grad))}[network]
-        with plan.Meter() as meter, torch.set_grad_enabled(grad):
-            out = run()
-            if grad:
-                out.sum().backward()
-        costs.append(meter.flops)
-    return np.array(costs, dtype=float)
+    steps = [cost[stride] for stride in strides]
+    rollout = mean(sum(steps[:i + 1]) for i in range(len(steps))) if ends_early else sum(steps)
+    backward = 2 * mean(steps)  # through the rollout's last step
+    scores = 2 + 1  # the guided teacher's and the critic's
+    regression = 3 * mean(steps)
+    updates = adavid.AVDConfig().critic_updates
+    critic = updates * 3 + (updates - served) * rollout
+    return rollout + backward + scores + regression + critic
 
 
-def timed_cycles(batch_size=1):
-    """Seconds of four cycles of the toy under each schedule, one for each step."""
-    models = [WanModel.from_pretrained(WEIGHTS) for _ in range(3)]
+def time_cycles():
+    """Seconds of a cycle of the toy under each schedule, averaged over the four steps."""
+    models = [WanModel(PRESETS["tiny"]).init_weights() for _ in range(3)]
     models[1].requires_grad_(False)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6) for model in models[::2]]
-    interpolator = load_interpolator(WEIGHTS, "cpu")
-    real = torch.randn(batch_size, *ToyCodec().latent_shape())
-    text = ToyCodec().encode_text(["a red ball"] * batch_size)
+    shape = ToyCodec().latent_shape()
+    interpolator = adavid.FrameInterpolator(shape[0], width=32).requires_grad_(False)
+    real, text = torch.randn(1, *shape), ToyCodec().encode_text(["a red ball"])
     times = in_turn({name: partial(seconds, cycles, models, interpolator, real, text, *schedule,
                                    optimizers) for name, schedule in SCHEDULES.items()}, runs=3)
     return {name: all_four / 4 for name, (all_four,) in times.items()}
 
 
 def cycles(models, interpolator, real, text, ends_early, served, strides, optimizers=()):
-    """Four cycles, of a student update and five of the critic: rollouts go to each step in turn."""
+    """Four cycles, one for each step that a rollout can end at."""
     student, teacher, critic = models
     config = adavid.AVDConfig(train_strides=strides)
-    cache = adavid.LossMeanCache(len(config.timesteps)).to(real.device)
-    interpolator = interpolator if max(strides) > 1 else None
-    simulate = adavid.backward_simulation if ends_early else to_the_end
-    with mock.patch.object(adavid, "backward_simulation", simulate):
-        for step in range(len(config.timesteps)):
-            for loss, terms in adavid.student_losses(
-                    student, teacher, critic, cache, real, text, text[:1], step, config,
-                    interpolator):
-                loss.backward()
-                x0 = terms.get("x0", real)
-            descend(student, optimizers[:1])
-            for update in range(config.critic_updates):
-                if update >= served:
-                    with torch.no_grad():
-                        x0 = adavid.backward_simulation(student, torch.randn_like(real), text,
-                                                        step, config, interpolator)
-                adavid.critic_loss(critic, x0, text, config).backward()
-                descend(critic, optimizers[1:])
+    cache = adavid.LossMeanCache(len(config.timesteps))
+
+    def finish_rollout(step):
+        """The released rollouts go on to the last step, though nobody uses its videos."""
+        left = config.timesteps[step + 1:]
+        if left and not ends_early:
+            with torch.no_grad():
+                adavid.few_steps(student, torch.randn_like(real), text, left, (1,) * len(left))
+
+    for step in range(len(config.timesteps)):
+        parts = {}
+        for loss, more in adavid.student_losses(student, teacher, critic, cache, real, text,
+                                                text[:1], step, config, interpolator):
+            loss.backward()
+            parts |= more
+        x0 = parts["x0"]
+        finish_rollout(step)
+        descend(student, optimizers[:1])
+        for update in range(config.critic_updates):
+            if update >= served:
+                with torch.no_grad():
+                    x0 = adavid.backward_simulation(student, torch.randn_like(real), text, step,
+                                                    config, interpolator)
+                finish_rollout(step)
+            adavid.critic_loss(critic, x0, text, config).backward()
+            descend(critic, optimizers[1:])
 
 
 def descend(model, optimizers):
@@ -220,53 +188,28 @@ def descend(model, optimizers):
     model.zero_grad()
 
 
-def to_the_end(student, noise, text, step, config, *rest,
-               backward_simulation=adavid.backward_simulation):
-    """A rollout that goes on to the last step, though only the sampled step's video is used."""
-    x0 = backward_simulation(student, noise, text, step, config, *rest)
-    if left := config.timesteps[step + 1:]:
-        with torch.no_grad():
-            adavid.few_steps(student, noise, text, left, (1,) * len(left))
-    return x0
-
-
 # ---------------------------------------------------------------------------------------------
 # WanModel against diffusers' WanTransformer3DModel, on the same weights
 # ---------------------------------------------------------------------------------------------
 
-# Of each: batch, frames, height and width of the latents; and how many runs even out the noise.
-SIZES = {"toy": (PRESETS["tiny"], (16, 9, 8, 8), 31)}
-LARGE = {
-    "dim 512 x 8, 2,000 tokens": (WanConfig(512, 2048, 8, 8), (1, 5, 40, 40), 15),
-    "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7),
-}
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
-PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::_scaled_dot_product", "aten::slow_conv",
-            "aten::mkldnn_convolution", "aten::convolution")
+# The shape of the latents (b f h w), and how many rounds even out the noise of timing.
+SIZES = {"toy": (PRESETS["tiny"], (16, 9, 8, 8), 31),
+         "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7)}
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
 
 
 def bench_model():
+    if sys.platform == "linux":
+        # Keep freed memory in the process, as a GPU's allocator does. Otherwise both models wait
+        # for new pages whenever they need a tensor above 32 MB.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
     return {name: compare(*size) for name, size in SIZES.items()}
 
 
-def bench_large():
-    keep_memory()
-    return {name: compare(*size) for name, size in LARGE.items()}
-
-
-def keep_memory():
-    """From here on what is freed stays with the process, as GPUs' allocators have it.
-
-    glibc would give tensors above 32 MB back at once, and both models would wait for new pages.
-    """
-    if sys.platform == "linux":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
-
-
 def compare(config, shape, runs):
-    """Seconds forward, and with backward; share outside products; peak bytes, of each model."""
+    """Seconds of forward, and of forward and backward, and peak bytes of each model."""
     from diffusers import WanTransformer3DModel
     ours = WanModel(config).init_weights()
     for p in ours.parameters():
@@ -277,107 +220,53 @@ def compare(config, shape, runs):
     b, *size = shape
     x, t = torch.randn(b, config.in_dim, *size), torch.full((b,), 757.0)
     text = torch.randn(b, config.text_len, config.text_dim)
-    forwards = {"ours": lambda: ours(x, t, text),
-                "diffusers": lambda: theirs(x, t, text, return_dict=False)[0]}
+    models = {"ours": lambda: ours(x, t, text),
+              "diffusers": lambda: theirs(x, t, text, return_dict=False)[0]}
 
-    def both(forward):
+    def forward_and_backward(model):
         began = time.perf_counter()
-        v = forward()
+        v = model()
         middle = time.perf_counter()
         v.square().mean().backward()
         return middle - began, time.perf_counter() - began
 
-    calls = {name: partial(both, forward) for name, forward in forwards.items()}
+    calls = {name: partial(forward_and_backward, model) for name, model in models.items()}
     times = in_turn(calls, runs)
-    return {name: dict(zip(("forward", "both"), times[name])) | profiled(call)
+    return {name: dict(zip(("forward", "both"), times[name])) | {"peak": peak(call)}
             for name, call in calls.items()}
 
 
-def profiled(call):
-    """The share of a call's time outside matrix products and attention, and its peak of memory.
-
-    A product's bias is part of it. A first call waits for the system to give it memory, for up to
-    a fifth of its time, and is left out.
-    """
-    call()
+def peak(call):
+    """The most bytes that PyTorch's allocator has handed out at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    inside = outside = 0
-    for event in profiler.events():
-        of = event
-        while of and not of.name.startswith(PRODUCTS):
-            of = of.cpu_parent
-        if of:
-            inside += event.self_cpu_time_total
-        else:
-            outside += event.self_cpu_time_total
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return {"outside": outside / (inside + outside), "peak": peak}
-
-
-def bench_compiled():
-    """Two of the toy's layers under inductor: seconds with backward, and of compiling."""
-    torch.compiler.reset()
-    config, (b, *size), runs = SIZES["toy"]
-    model = WanModel(replace(config, num_layers=2)).init_weights()
-    x, t = torch.randn(b, config.in_dim, *size), torch.full((b,), 757.0)
-    text = torch.randn(b, config.text_len, config.text_dim)
-    forwards = {"eager": model, "inductor": torch.compile(model, fullgraph=True)}
-    calls = {name: partial(seconds, lambda forward=forward: forward(x, t, text).sum().backward())
-             for name, forward in forwards.items()}
-    compiling, = calls["inductor"]()
-    return {name: both for name, (both,) in in_turn(calls, runs).items()} | {"compiling": compiling}
+    sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
+             if event.name() == "[memory]"]
+    return int(max(np.cumsum(sizes)))
 
 
 # ---------------------------------------------------------------------------------------------
-# Samplers
+# Sampler, demo, kernels
 # ---------------------------------------------------------------------------------------------
 
-# Attention is as large a part of its forward as of 1.3B's at 32,760 tokens: 21 for each channel.
+# Attention has the share in its forward that it has in 1.3B's at 32,760 tokens, 21 per channel.
 SLICE, SLICE_SHAPE = WanConfig(256, 1496, 2, 3, text_len=86), (16, 21, 32, 32)
 
 
 def bench_sampler():
+    config = adavid.AVDConfig()
     counted = {}
     for preset in ("wan-1.3b", "wan-14b"):
-        decoupled, full, *_ = plan.count_samplers(PRESETS[preset], WAN)
-        counted[preset] = decoupled / full
+        cost = forward_costs(PRESETS[preset])
+        counted[preset] = mean(cost[stride] for stride in config.strides)
     model = WanModel(SLICE).init_weights().requires_grad_(False)
     interpolator = adavid.FrameInterpolator(16, width=32)
     noise, text = torch.randn(1, *SLICE_SHAPE), torch.randn(1, SLICE.text_len, SLICE.text_dim)
-    config = adavid.AVDConfig()
     times = in_turn({
         "full rate": partial(seconds, adavid.sample, model, noise, text, config),
         "decoupled": partial(seconds, adavid.sample, model, noise, text, config, interpolator)},
         runs=7)
-    x, t, null = noise[:, :, :5], torch.full((1,), 500.0), torch.zeros_like(text)
-    both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null])
-    pair = in_turn({
-        "in sequence": partial(seconds, adavid.guided_velocity, model, x, t, text, null, 5.0),
-        "in one batch": partial(seconds, model, *both)}, runs=7)
-    return {"counted": counted, "slice_seconds": {name: time for name, (time,) in times.items()},
-            "guided_pair_seconds": {name: time for name, (time,) in pair.items()}}
-
-
-# ---------------------------------------------------------------------------------------------
-# Data loading, demo, kernels
-# ---------------------------------------------------------------------------------------------
-
-
-def bench_data():
-    """How much of a run over shards waits for data."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-        write_shards(Path(folder) / "shards", 0, count=64)
-        code = train.main(["distill", "--data", f"{folder}/shards", "--out", f"{folder}/run",
-                           "--steps", "6", "--batch-size", "4", "--codec", folder])
-        lines = [json.loads(line) for line in open(f"{folder}/run/times.jsonl")] if not code else []
-    if code:
-        raise ValueError("train.py failed; its words are above")
-    return {name: sum(line[name] for line in lines[1:]) for name in ("seconds", "waited")}
+    return {"counted": counted, "slice_seconds": {name: time for name, (time,) in times.items()}}
 
 
 def bench_demo():
@@ -389,74 +278,60 @@ def bench_demo():
 
 
 def bench_kernels():
-    done = subprocess.run([sys.executable, "-m", "kernels.bench"], check=True,
-                          capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    """The worst of the kernels on all targets."""
+    import triton
+
+    from kernels.bench import compile_all
+    rows = list(compile_all())
+    return {"triton": triton.__version__,
+            "targets": list(dict.fromkeys(row["target"] for row in rows)),
+            "scratch": max(row["scratch"] for row in rows),
+            "registers": max(row["registers"] for row in rows)} | {
+            f"{kind}_16": min(row[f"{kind}_16"] / row[kind] for row in rows)
+            for kind in ("loads", "stores")}
 
 
 # ---------------------------------------------------------------------------------------------
-# The README's tables
+# The blocks of docs/costs.md
 # ---------------------------------------------------------------------------------------------
 
 
-def tables(figures):
-    """Markdown for each block of the README whose parts were run."""
-    blocks = {}
-    if "cycle" in figures:
-        forwards, times = figures["cycle"]["forwards"], figures["cycle"]["toy_seconds"]
-        released, *_ = times.values()
-        blocks["bench: cycle"] = markdown([
-            ["schedule", "1.3B", "14B", "toy", "toy, timed"],
-            *([name, *(f"{forwards[preset][name]:.1f} F" for preset in
-                       ("wan-1.3b", "wan-14b", "tiny")), f"{released / times[name]:.2f} x"]
-              for name in SCHEDULES)])
-    if "model" in figures:
-        rows = figures["model"] | figures.get("large", {})
-        blocks["bench: model"] = markdown([
-            ["", "forward", "with backward", "outside products and attention", "peak memory"],
-            *([f"{size}: {name}", f"{row['forward']:.3f} s", f"{row['both']:.3f} s",
-               f"{row['outside']:.1%}", f"{row['peak'] / 1e6:,.0f} MB"]
-              for size, both in rows.items() if size in SIZES | LARGE
-              for name, row in both.items())])
-    blocks["bench: others"] = "\n".join(f"- {line}" for line in others(figures))
-    if "kernels" in figures:
-        columns = ("bytes", "registers", "scratch", "instructions", "loads", "loads_16", "stores",
-                   "stores_16")
-        blocks["bench: kernels"] = markdown([
-            ["target", "kernel", *(column.replace("_16", " of 16 bytes") for column in columns)],
-            *([row["target"], row["kernel"], *(f"{row[column]:,}" for column in columns)]
-              for row in figures["kernels"]["compile_report"])])
-    return blocks
+def blocks(figures):
+    """Markdown by name of the block; every part has its figures."""
+    counted, times = figures["cycle"]["forwards"], figures["cycle"]["toy_seconds"]
+    released, *_ = times.values()
+    cycle = [["schedule", "1.3B", "14B", "toy, timed"], *(
+        [name, *(f"{counted[preset][name]:.1f} F" for preset in counted),
+         f"{released / times[name]:.2f} x"] for name in SCHEDULES)]
+    model = [["", "forward", "forward and backward", "peak memory"], *(
+        [f"{size}: {name}", f"{row['forward']:.3f} s", f"{row['both']:.3f} s",
+         f"{row['peak'] / 1e6:,.0f} MB"]
+        for size in SIZES for name, row in figures["model"][size].items())]
+    return {"cycle": markdown(cycle), "model": markdown(model),
+            "others": "\n".join(f"- {line}" for line in others(figures)),
+            "kernels": kernels_line(figures["kernels"])}
 
 
 def others(figures):
-    """A sentence for each of the smaller parts."""
-    if "sampler" in figures:
-        small, large = figures["sampler"]["counted"].values()
-        times, pair = (figures["sampler"][f"{name}_seconds"] for name in ("slice", "guided_pair"))
-        yield (f"The decoupled sampler takes {small:.3f} of the full rate's FLOPs at 1.3B and "
-               f"{large:.3f} at 14B, counted, and {times['decoupled'] / times['full rate']:.3f} of "
-               f"its time on a slice with 1.3B's share of attention, the interpolator included.")
-        batched = pair["in one batch"] / pair["in sequence"]
-        yield (f"Guidance's two forwards would take {batched:.2f} of their time in one batch, and "
-               f"twice the memory, so one follows the other.")
-    if "compiled" in figures:
-        times = figures["compiled"]
-        yield (f"`torch.compile` takes the model, a student's step and the sampler as one graph; "
-               f"with inductor two of the toy's layers, forward and backward, take "
-               f"{times['inductor'] / times['eager']:.2f} of their time, after "
-               f"{times['compiling']:.0f} seconds.")
-    if "data" in figures:
-        times = figures["data"]
-        share = times["waited"] / times["seconds"]
-        yield f"Training from shards waits for data in {share:.1%} of its time."
-    if "demo" in figures:
-        yield f"`make demo` takes {figures['demo']['minutes']:.1f} minutes."
-    for rows in zip(*[iter(figures.get("kernels", {}).get("launch_report", ()))] * 2):
-        eager, ours = rows
-        yield (f"`{ours['operation']}`, forward and backward: {ours['launches']} launches and "
-               f"{ours['bytes'] / 1e6:.1f} MB, where plain PyTorch takes {eager['launches']} and "
-               f"{eager['bytes'] / 1e6:.1f} MB.")
+    small, large = figures["sampler"]["counted"].values()
+    times = figures["sampler"]["slice_seconds"]
+    yield (f"The decoupled sampler needs {small:.3f} of the FLOPs of the full rate at 1.3B and "
+           f"{large:.3f} at 14B (counted). On a small model with the same share of attention as "
+           f"1.3B it takes {times['decoupled'] / times['full rate']:.3f} of the time, the "
+           f"interpolator included.")
+    yield f"`make demo` takes {figures['demo']['minutes']:.1f} minutes."
+    machines = dict.fromkeys(figures[part]["machine"] for part in PARTS if part != "kernels")
+    yield f"All times on this page: {'; '.join(machines)}."
+
+
+def kernels_line(worst):
+    *targets, last = worst["targets"]
+    return (f"Triton {worst['triton']} compiles each kernel for {', '.join(targets)} and {last}. "
+            f"The worst values over all of these: a thread spills {worst['scratch']} bytes and "
+            f"uses {worst['registers']} registers; {worst['loads_16']:.0%} of a kernel's loads and "
+            f"{worst['stores_16']:.0%} of its stores move 16 bytes at once (the others move a "
+            f"single number, or the gradient of `blend`, which has one channel). "
+            f"`python -m kernels.bench` prints the values of each kernel.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Videos and captions to shards of latents and embeddings, which train.py draws from.
+"""Encode videos and their captions to shards of latents and embeddings, for train.py --data.
 
     python -m tools.encode --videos clips --captions captions.jsonl --model Wan2.1-T2V-1.3B \\
         --out shards
-    torchrun --nproc_per_node 8 -m tools.encode ...          a share for each GPU
+    torchrun --nproc_per_node 8 -m tools.encode ...          shares the work among 8 GPUs
 
-The same command again goes on where it stopped. What cannot be used is listed, with the reason, in
-skipped.jsonl (to try broken videos once more, delete broken-*.jsonl). Without --videos, prompts
-alone are encoded: enough for distribution matching.
+The same command resumes after an interruption. skipped.jsonl lists the videos that cannot be used,
+with the reasons; delete broken-*.jsonl to try broken videos again. Without --videos, only prompts
+are encoded, which is enough for distribution matching.
 """
 
 import csv
@@ -31,49 +31,49 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sample import LONGEST, read_prompts
-from tiny_wan import ToyCodec, WanModel, checkpoint, open_codec
 from runtime import cli
+from runtime.checkpoints import fsync
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
 from runtime.run import stop_signals
-from runtime.checkpoints import fsync
+from sample import LONGEST, read_prompts
+from tiny_wan import ToyCodec, WanCodec, WanModel, checkpoint, open_codec
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-TIMEOUT = 300  # seconds for one video
+TIMEOUT = 300  # seconds to decode one video
 
 
 @dataclass
 class Encode:
-    """Encode videos and their captions, or prompts alone, for train.py --data."""
+    """Encode videos and their captions, or only prompts, for train.py --data."""
 
     out: Path
-    """folder of the shards; the same command again resumes what is there"""
+    """folder for the shards; if it has some already, the same command resumes"""
     model: Path
     """Wan2.1, in any layout, with its text encoder and VAE"""
     videos: Path | None = None
-    """folder of videos, searched throughout; without it, prompts alone are encoded"""
+    """folder of videos, searched with its subfolders; without it, only prompts are encoded"""
     captions: Path | None = None
-    """.jsonl of {"video": ..., "caption": ...}, .csv with these columns, or .txt with a prompt on
-    each line; by default a text file beside each video"""
+    """a .jsonl of {"video": ..., "caption": ...}, a .csv with these columns, or a .txt with a
+    prompt on each line; by default a .txt beside each video"""
     codec: Path | None = None
-    """folder with the text encoder and the VAE, if they are not with the model"""
+    """folder with Wan's text encoder and VAE; by default the model's folder"""
     exclude_prompts: Path | None = None
-    """prompts, one on each line, that captions must not repeat: those of your benchmarks"""
-    frames: int | None = None
-    """of each video, from its start; by default 81"""
-    height: int | None = None
-    """in pixels, scaled and cropped to; by default 480"""
-    width: int | None = None
-    """in pixels; by default 832"""
-    fps: int = 16
-    """frames per second, resampled to"""
+    """a text file with a prompt on each line, as of a benchmark; captions must not repeat one"""
+    frames: int = WanCodec.frames
+    """of each video, from its start; shorter videos are skipped"""
+    height: int = WanCodec.height
+    """in pixels; videos are scaled and cropped to it"""
+    width: int = WanCodec.width
+    """in pixels; videos are scaled and cropped to it"""
+    fps: int = WanCodec.fps
+    """frames per second that videos are resampled to"""
     negative_prompt: str | None = None
     """what guidance leads away from in training; by default Wan's own"""
     shard_size: int = 64
-    """videos in a shard, and what `kill -9` loses at most; Ctrl-C loses none"""
+    """videos in a shard, and the most that `kill -9` can lose; Ctrl-C loses none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere what its file has"""
+    """of the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere that of its file"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
 
@@ -84,42 +84,50 @@ def main(argv=None):
 
 def run(args):
     device = init_distributed(args.device)
-    # Some ranks may be done hours before others, and barriers give up after 10 to 30 minutes.
+    # Ranks may finish hours apart, and an ordinary barrier gives up after 10 to 30 minutes.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world_size() > 1 else None
-    repeats = exclusion(args.exclude_prompts)
-    items, left_out = find_items(args, repeats)
+    excluded = read_prompts(args.exclude_prompts) if args.exclude_prompts else []
+    excluded = {plain(prompt) for prompt in excluded}
+    captions, skipped = find_captions(args, excluded)
     config = WanModel.from_pretrained(args.model, device="meta").config
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else None}[args.dtype]
-    codec = open_codec(args.model, config, args.codec, device=device, dtype=dtype)
+    codec = open_codec(args.model, config, args.codec, device=device,
+                       dtype=cli.pick_dtype(args.dtype, device))
     if isinstance(codec, ToyCodec):
-        raise ValueError(f"{args.model}: the toy needs no shards; its videos are made as it trains")
-    shape = codec.latent_shape(args.frames, args.height, args.width)
-    size = ((shape[1] - 1) * codec.time_factor + 1, *(n * codec.space_factor for n in shape[2:]))
+        raise ValueError(f"{args.model}: the toy needs no shards; train.py makes its videos")
     null_prompt = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
-    has_videos = args.videos is not None
-    settings = {"latent_shape": list(shape), "has_videos": has_videos, "fps": args.fps,
-                "text_dim": config.text_dim, "null_prompt": null_prompt}
-    if has_videos:
+    settings = {  # the same for all shards of a folder
+        "latent_shape": list(codec.latent_shape(args.frames, args.height, args.width)),
+        "has_videos": args.videos is not None, "fps": args.fps, "text_dim": config.text_dim,
+        "null_prompt": null_prompt}
+    if args.videos:
         codec.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    shards, broken = what_is_done(args.out, settings)
-    done = {name: caption for captions in shards.values() for name, caption in captions.items()}
+    done = {name: caption for shard in read_shards(args.out, settings).values()
+            for name, caption in shard.items()}
     stale = [name for name, caption in done.items()
-             if repeats(caption) or items.get(name, caption) != caption]
+             if is_excluded(caption, excluded) or captions.get(name, caption) != caption]
     if stale:
-        raise ValueError(f"{args.out}: {len(stale)} of its samples now have another caption, or an "
-                         f"excluded one, such as {stale[0]!r}; choose another --out")
-    todo = [item for item in items.items() if item[0] not in done and item[0] not in broken]
+        raise ValueError(f"{args.out}: {len(stale)} of its samples, such as {stale[0]!r}, now have "
+                         f"another caption or an excluded one; choose another --out")
+    broken = read_broken(args.out, settings)
+    todo = [item for item in captions.items() if item[0] not in done and item[0] not in broken]
     if group:
-        dist.barrier(group)  # all have looked before the first one writes
-    mine = todo[rank()::world_size()]
-    fetch = Prefetch(lambda i: read_video(args.videos / mine[i][0], *size, args.fps))
-    log, pending = args.out / f"broken-{rank():03}.jsonl", []
-    bar = tqdm(mine, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
-    with codec.text_encoder() as encode, stop_signals() as signals:
-        null_text = encode(null_prompt)[None]
+        dist.barrier(group)  # no rank writes before all have read what is done
+    null_text = encode(args, codec, todo[rank()::world_size()], settings)
+    if group:
+        dist.barrier(group)
+    if rank() == 0:
+        finish(args.out, settings, captions, skipped, null_text)
+
+
+def encode(args, codec, items, settings):
+    """Write shards of `items`, pairs of name and caption; return the null prompt's embedding."""
+    has_videos, rows = settings["has_videos"], []
+    fetch = Prefetch(lambda i: read_video(args.videos / items[i][0], args.frames, args.height,
+                                          args.width, args.fps))
+    bar = tqdm(items, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
+    with codec.text_encoder() as encode_text, stop_signals() as signals:
         try:
             for i, (name, caption) in enumerate(bar):
                 if signals:
@@ -129,102 +137,90 @@ def run(args):
                     if has_videos and not latents.isfinite().all():
                         raise ValueError("its latents are not finite")
                 except ValueError as error:
-                    entry = {"video": name, "reason": str(error), "settings": settings}
-                    with open(log, "a", encoding="utf-8") as file:
-                        print(f"\n{json.dumps(entry)}", file=file)  # the last one may be cut
+                    note_broken(args.out, name, error, settings)
                     continue
-                pending.append((name, caption, encode(caption), latents))
-                if len(pending) == args.shard_size:
-                    write_shard(args.out, pending, settings)
-                    pending = []
+                rows.append((name, caption, encode_text(caption), latents))
+                if len(rows) == args.shard_size:
+                    write_shard(args.out, rows, settings)
+                    rows = []
         finally:  # Ctrl-C and SIGTERM lose nothing
-            if pending:
-                write_shard(args.out, pending, settings)
-    if group:
-        dist.barrier(group)
-    if rank() == 0:
-        finish(args.out, settings, items, left_out, null_text)
+            if rows:
+                write_shard(args.out, rows, settings)
+        return encode_text(settings["null_prompt"])[None]
 
 
 # ---------------------------------------------------------------------------------------------
-# What there is to encode
+# Input: captions and videos
 # ---------------------------------------------------------------------------------------------
 
 
-def find_items(args, repeats):
-    """{name: caption} to encode, and {name: reason} of what is left out. A prompt is its own name.
+def find_captions(args, excluded):
+    """{name: caption} of what to encode, and {name: reason} of what is skipped.
 
-    repeats: tells of a caption whether it is excluded.
+    A video's name is its path within the folder. Without videos, a prompt is its own name.
     """
     captions = read_captions(args.captions) if args.captions else {}
     if args.videos is None:
         if not captions:
-            raise ValueError("nothing to encode: give --videos, or --captions for prompts alone")
-        names = list(captions)
+            raise ValueError("nothing to encode; give --videos, or only --captions for prompts")
+        names = captions
     else:
         if not args.videos.is_dir():
             raise ValueError(f"{args.videos}: no such folder")
         if args.captions and args.captions.suffix == ".txt":
-            raise ValueError(f"{args.captions}: has prompts alone, so leave out --videos; or give "
-                             f".jsonl or .csv, which say which video each caption is of")
-        there = sorted(f.relative_to(args.videos).as_posix() for f in args.videos.rglob("*")
+            raise ValueError(f"{args.captions}: contains only prompts; leave out --videos, or give "
+                             f"a .jsonl or .csv, which name the video of each caption")
+        found = sorted(f.relative_to(args.videos).as_posix() for f in args.videos.rglob("*")
                        if f.suffix.lower() in SUFFIXES)
         if not args.captions:
-            captions = {name: sidecar(args.videos / name) for name in there}
-        names = list(dict.fromkeys([*there, *captions]))
+            captions = {name: sidecar(args.videos / name) for name in found}
+        names = dict.fromkeys([*found, *captions])
         if not names:
-            raise ValueError(f"{args.videos}: no videos in it ({', '.join(sorted(SUFFIXES))})")
+            raise ValueError(f"{args.videos}: contains no videos ({', '.join(sorted(SUFFIXES))})")
 
-    items, left_out = {}, {}
+    usable, skipped = {}, {}
     for name in names:
         caption = captions.get(name)
         if args.videos and (".." in Path(name).parts or Path(name).is_absolute()
                             or not os.path.isfile(args.videos / name)):
-            left_out[name] = "no such file in the folder"
+            skipped[name] = "no such file in the folder"
         elif not caption:
-            left_out[name] = "no caption"
+            skipped[name] = "no caption"
         elif len(caption) > LONGEST:
-            left_out[name] = f"{len(caption)} characters are no caption"
-        elif repeats(caption):
-            left_out[name] = "its caption is among the excluded prompts"
+            skipped[name] = f"its caption has more than {LONGEST} characters"
+        elif is_excluded(caption, excluded):
+            skipped[name] = "its caption is among the excluded prompts"
         else:
-            items[name] = caption
-    return items, left_out
+            usable[name] = caption
+    return usable, skipped
 
 
-def exclusion(file):
-    """A function that tells of a caption whether it equals one of the file's prompts, or contains
-    one of four words or more."""
-    prompts = {plain(prompt) for prompt in read_prompts(file)} if file else set()
-    long_ones = [prompt for prompt in prompts if prompt.count(" ") >= 3]
-
-    def repeats(caption):
-        caption = plain(caption)
-        return caption in prompts or any(prompt in caption for prompt in long_ones)
-
-    return repeats
+def is_excluded(caption, prompts):
+    """Whether the caption is one of the plain `prompts`, or contains one of four words or more."""
+    caption = plain(caption)
+    return any(p == caption or p in caption and p.count(" ") >= 3 for p in prompts)
 
 
 def plain(text):
-    """For comparing: lower case, single spaces, no punctuation at the ends."""
+    """The text in lower case, with single spaces and without punctuation at its ends."""
     found = re.search(r"\w.*\w|\w", " ".join(text.lower().split()))
     return found[0] if found else ""
 
 
 def read_captions(file):
-    """{video: caption}, or for a .txt {prompt: prompt}. ValueError names a bad line."""
+    """{video: caption} or, for a .txt, {prompt: prompt}. ValueError names a bad line."""
     if file.suffix == ".txt":
         return {prompt: prompt for prompt in read_prompts(file)}
     captions = {}
     try:
-        # Not splitlines(), which also splits at what captions contain, such as U+2028.
+        # Not splitlines(), which also splits at characters inside captions, such as U+2028.
         text = io.StringIO(file.read_text(encoding="utf-8-sig"), newline="")
         rows = csv.DictReader(text) if file.suffix == ".csv" else (
             json.loads(line) for line in text if line.strip())
         for row in rows:
             video, caption = str(row["video"]), " ".join(str(row["caption"] or "").split())
             if video in captions:
-                raise ValueError(f"{file}: {video!r} is in it twice")
+                raise ValueError(f"{file}: {video!r} occurs twice")
             captions[video] = caption
     except UnicodeDecodeError:
         raise ValueError(f"{file}: not a text file in UTF-8") from None
@@ -234,7 +230,7 @@ def read_captions(file):
 
 
 def sidecar(video):
-    """The caption in the text file beside a video, or None."""
+    """The caption in the .txt beside a video, or None."""
     file = video.with_suffix(".txt")
     try:
         return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else None
@@ -243,89 +239,99 @@ def sidecar(video):
 
 
 def read_video(file, frames, height, width, fps):
-    """RGB in [0, 1] `[3, f, h, w]`: resampled, scaled and cropped. ValueError says why not."""
+    """RGB in [0, 1] `[3, f, h, w]`, resampled, scaled and cropped. ValueError gives the reason."""
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
         "-protocol_whitelist", "file,pipe", "-max_pixels", str(2**26),
         "-i", f"file:{file.resolve()}", "-map", "0:v:0",
-        "-vf", f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
-               f"crop={width}:{height}",
+        "-vf", (f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
+                f"crop={width}:{height}"),
         "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
-    with tempfile.TemporaryFile() as complaints:  # of a damaged file, they may have no end
+    with tempfile.TemporaryFile() as log:  # not in memory: a damaged file's log may be endless
         try:
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=complaints,
-                                    timeout=TIMEOUT)
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             raise ValueError(f"not decoded within {TIMEOUT} s") from None
-        complaints.seek(0)
-        said = complaints.read(1000).decode(errors="replace")
+        log.seek(0)
+        messages = re.sub(r"^\[.*?\] ", "", log.read(1000).decode(errors="replace"))
+        reason, *_ = messages.splitlines() or ["too short"]
     count = len(result.stdout) // (height * width * 3)
     if count < frames:
-        if "matches no streams" in said:
-            raise ValueError("no video in it")
-        said = re.sub(r"^\[.*?\] ", "", said.partition("\n")[0])
-        why = f" ({said.replace(f'file:{file.resolve()}', 'it')[:120]})" if said else ""
-        raise ValueError(f"{count} of {frames} frames at {fps} fps{why}")
+        raise ValueError(f"{count} of {frames} frames at {fps} fps ({reason})")
     video = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
     return rearrange(video, "(f h w c) -> c f h w", f=frames, h=height, w=width).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------
-# Shards
+# Output: shards, the list of broken videos, and the index
 # ---------------------------------------------------------------------------------------------
 
 
 def write_shard(out, rows, settings):
-    """Rows of name, caption, text `[l, d]` and latents become this rank's next file."""
+    """Write rows of name, caption, text `[l, d]` and latents to this rank's next file."""
     names, captions, text, latents = zip(*rows)
     tensors = {"text": pad_sequence(text, batch_first=True)}
-    if latents[0] is not None:
+    if settings["has_videos"]:
         tensors["latents"] = torch.stack(latents)
     number = 0
     while (file := out / f"shard-{rank():03}-{number:05}.safetensors").exists():
         number += 1
-    about = {"settings": settings, "videos": names, "prompts": captions}
-    save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in about.items()})
+    header = {"settings": settings, "videos": names, "prompts": captions}
+    save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in header.items()})
     fsync(Path(f"{file}.part"))
     os.replace(f"{file}.part", file)
 
 
-def what_is_done(out, settings):
-    """{shard: {name: caption}} and {name: reason} of the broken, from earlier runs of any ranks."""
-    shards, broken = {}, {}
+def read_shards(out, settings):
+    """{shard: {name: caption}} of all ranks. ValueError if one was encoded with other settings."""
+    shards = {}
     for file in sorted(out.glob("shard-*.safetensors")):
         with checkpoint.open_weights(file) as shard:
-            about = shard.metadata() or {}
+            header = shard.metadata() or {}
         try:
-            then, *rows = (json.loads(about[key]) for key in ("settings", "videos", "prompts"))
-            changed = [f"{k} was {str(then.get(k)):.60}, now {str(settings[k]):.60}"
+            then, *rows = (json.loads(header[key]) for key in ("settings", "videos", "prompts"))
+            changed = [f"{k} was {then.get(k)!s:.60}, now {settings[k]!s:.60}"
                        for k in settings if then.get(k) != settings[k]]
             shards[file.name] = {str(name): str(caption) for name, caption in zip(*rows)}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{file}: not a shard of tools.encode; delete it, and what it held "
-                             f"is encoded again") from None
+            raise ValueError(f"{file}: not a shard of tools.encode; delete it to encode its videos "
+                             f"again") from None
         if changed:
             raise ValueError(f"{file}: was encoded with other settings ({'; '.join(changed)}); "
                              f"repeat them, or choose another --out")
+    return shards
+
+
+def note_broken(out, name, error, settings):
+    """Record a video that cannot be used, so that it is not tried again."""
+    entry = {"video": name, "reason": str(error), "settings": settings}
+    with open(out / f"broken-{rank():03}.jsonl", "a", encoding="utf-8") as file:
+        print(f"\n{json.dumps(entry)}", file=file)  # the last line may be incomplete
+
+
+def read_broken(out, settings):
+    """{name: reason} of all ranks' broken videos, if they were tried with the same settings."""
+    broken = {}
     for file in sorted(out.glob("broken-*.jsonl")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                if entry["settings"] == settings:  # too short for others may be enough for these
+                if entry["settings"] == settings:  # what was too short may now be long enough
                     broken[entry["video"]] = str(entry["reason"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                pass  # the line that an interruption cut: its video is tried again
-    return shards, broken
+                pass  # an interruption left the line incomplete; its video is tried again
+    return broken
 
 
-def finish(out, settings, items, left_out, null_text):
-    """The index, without which nothing trains, the list of what was skipped, and a summary."""
-    shards, broken = what_is_done(out, settings)
-    skipped = {name: why for name, why in broken.items() if name in items} | left_out
+def finish(out, settings, captions, skipped, null_text):
+    """Write skipped.jsonl, the null prompt and the index, without which nothing can train."""
+    broken = read_broken(out, settings)
+    skipped = {name: why for name, why in broken.items() if name in captions} | skipped
     lines = (json.dumps({"video": name, "reason": why}) + "\n" for name, why in skipped.items())
     (out / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
+    shards = read_shards(out, settings)
     if not shards:
-        raise ValueError(f"{out}: nothing could be encoded; see why in its skipped.jsonl")
+        raise ValueError(f"{out}: nothing could be encoded; skipped.jsonl gives the reasons")
     save_file({"null_text": null_text.contiguous()}, out / "null_text.safetensors")
     index = settings | {
         "shards": [{"file": file, "count": len(names)} for file, names in shards.items()]}
