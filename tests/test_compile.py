@@ -7,7 +7,7 @@ import adavid
 from tests.helpers import random_model
 from tiny_wan import WanConfig
 
-CONFIG = WanConfig(48, 96, 4, 2, in_dim=4, out_dim=4, text_dim=15, text_len=8)
+CONFIG = WanConfig(48, 96, 4, 1, in_dim=4, out_dim=4, text_dim=15, text_len=8)
 
 
 def inputs(f=5):
@@ -41,25 +41,25 @@ def test_the_model_compiles_for_any_length_and_frame_rate(models):
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("strides", [(1, 1, 1, 1), (2, 2, 1, 1)])
-def test_a_student_step_and_a_critic_step_compile(models, strides):
+@pytest.mark.parametrize("strides, step", [((1, 1, 1, 1), 3), ((2, 2, 1, 1), 1)])
+def test_a_student_step_compiles(models, strides, step):
     student, teacher, critic = models
     config, cache = adavid.AVDConfig(train_strides=strides), adavid.LossMeanCache(4)
     interpolator = adavid.FrameInterpolator(4, 8)
     real, _, text = inputs()
 
-    def student_step(step):
+    def student_step():
         terms = adavid.student_losses(student, teacher, critic, cache, real, text, text[:1], step,
                                       config, interpolator)
         return sum(loss for loss, _ in terms)
 
-    def critic_step(x0):
-        return adavid.critic_loss(critic, x0, text, config)
+    in_one_graph(student_step)().backward()
+    assert student.head.head.weight.grad.isfinite().all()
 
-    for step in (0, 3):
-        in_one_graph(lambda: student_step(step))().backward()
-        assert student.head.head.weight.grad.isfinite().all()
-    in_one_graph(critic_step)(real).backward()
+
+def test_a_critic_step_compiles(models):
+    critic, (x0, _, text) = models[0], inputs()
+    in_one_graph(adavid.critic_loss)(critic, x0, text, adavid.AVDConfig()).backward()
     assert critic.head.head.weight.grad.abs().sum() > 0
 
 

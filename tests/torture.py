@@ -72,6 +72,7 @@ def main(argv=None):
 
 def run(args):
     torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)  # or each fork would print what is in the buffer
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
