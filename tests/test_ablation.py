@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ import tyro
 import adavid
 import train
 from runtime.data import Shards
+from tests.helpers import complaint, read_lines
 from tests.test_demo import tags_of_page_that_stands_alone
-from tests.test_train import complaint
 from tiny_wan import ToyCodec, world
 from tools import ablation, demo, page
 
@@ -92,7 +93,7 @@ def folder(tmp_path_factory):
 
 def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(folder, tmp_path):
     file = folder / "docs" / "measurements.jsonl"
-    lines = {(line["row"], line["seed"]): line for line in map(json.loads, open(file))}
+    lines = {(line["row"], line["seed"]): line for line in read_lines(file)}
     assert len(file.read_text().splitlines()) == len(lines) == 11
     assert lines.keys() == {(row, seed) for row in (
         "real", "teacher", "dmd", "avd", "renumbered", "mean") for seed in (0, 1)} - {("mean", 1)}
@@ -116,8 +117,8 @@ def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(f
     (copy / "conditions.toml").write_text(CONDITIONS.replace("steps = 2", "steps = 1"))
     assert ablation.main(flags(copy)) == 0  # measures the teacher again, and trains nothing
     assert not list((copy / "out").iterdir())
-    again = {(line["row"], line["seed"]): line for line in map(
-        json.loads, open(copy / "docs" / "measurements.jsonl"))}
+    again = {(line["row"], line["seed"]): line
+             for line in read_lines(copy / "docs" / "measurements.jsonl")}
     assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
 
 
@@ -152,7 +153,7 @@ def test_spoilt_videos_are_in_the_shards(folder):
 def test_each_kind_of_spoilt_video_is_what_its_name_says(kind):
     real, prompts = world.make(0, range(64))
     spoilt = ablation.spoil(kind, real, torch.Generator().manual_seed(0))
-    assert spoilt.shape == real.shape and 0 <= spoilt.min() and spoilt.max() <= 1
+    assert spoilt.shape == real.shape and spoilt.min() >= 0 and spoilt.max() <= 1
     score, read = world.score(spoilt, prompts), world.read(spoilt)
     right = {"mislabelled": score["prompt"], "cut": score["instance"],
              "frozen": score["dynamic"], "noisy": score["instance"]}
@@ -249,7 +250,7 @@ def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conditions.toml").write_text(CONDITIONS)
     assert ablation.main(["--conditions", "conditions.toml", "--quick"]) == 0
-    lines = map(json.loads, open("runs/ablation-quick/measurements.jsonl"))
+    lines = read_lines(Path("runs/ablation-quick/measurements.jsonl"))
     assert {(line["row"], line["seed"], len(line["scores"]["prompt"])) for line in lines} == {
         (row, 0, 64) for row in ("real", "teacher", "dmd", "avd")}
     text = (tmp_path / "runs" / "ablation-quick" / "results.html").read_text(encoding="utf-8")

@@ -83,9 +83,9 @@ def flops(function):
 
 def allocated_peak(function):
     """The most bytes that PyTorch's allocator handed out at once."""
-    with torch.backends.mkldnn.flags(enabled=False):  # CPUs with bf16 units would count its scratch
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            function()
+    with (torch.backends.mkldnn.flags(enabled=False),  # CPUs with bf16 units count its scratch
+          profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler):
+        function()
     return max(np.cumsum([event.nbytes() for event in profiler.profiler.kineto_results.events()
                           if event.name() == "[memory]"]))
 
