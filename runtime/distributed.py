@@ -153,4 +153,5 @@ class Watchdog:
 
     def exit(self, why):
         cli.fail(f"{why}; the same command resumes from the last checkpoint")
+        time.sleep(1)  # torchrun names the rank that it sees end first: let that be the dead one
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts

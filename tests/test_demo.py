@@ -129,14 +129,17 @@ def test_errors_are_one_line(folder, toy_folder, tmp_path, capsys, broken, says)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
-def test_ctrl_c_saves_both_runs(toy_folder, tmp_path):
+@pytest.mark.parametrize("stop", [
+    lambda process: os.killpg(process.pid, signal.SIGINT),  # as a terminal does
+    lambda process: process.terminate()], ids=["Ctrl-C", "SIGTERM"])
+def test_stopping_the_demo_saves_both_runs(stop, toy_folder, tmp_path):
     command = [sys.executable, "-m", "tools.demo", *flags(toy_folder, tmp_path, "999")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     logs = [tmp_path / run / "times.jsonl" for run in ("dmd", "avd")]
     while not all(log.exists() and log.read_text() for log in logs):
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    stop(process)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in said
     assert "to resume" in said and "to resume" in (tmp_path / "dmd.log").read_text()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -85,9 +86,13 @@ def distil(args):
                        "--device", args.device, *flags]
             children.append(subprocess.Popen(list(map(str, command)), env=os.environ | threads,
                                              stdout=output, stderr=output))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
         dmd, avd = [child.wait() for child in children]
-    except KeyboardInterrupt:  # a terminal sends Ctrl-C to the children as well, and they save
+    except KeyboardInterrupt:
+        for child in children:
+            if os.name != "nt":  # there, it would kill; a console sends Ctrl-C to the children too
+                child.terminate()  # train.py saves; that a terminal also sent SIGINT does no harm
         for child in children:
             child.wait()
         raise
