@@ -203,7 +203,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
 def test_a_folder_that_vanishes_is_not_made_again(toy_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     distill(toy_folder, out, steps=1)
-    monkeypatch.setattr(pictures.Pictures, "draw", lambda *_: out.rename(tmp_path / "gone") and {})
+    monkeypatch.setattr(pictures, "write_contact_sheet", lambda *_: out.rename(tmp_path / "gone"))
     assert str(out) in complaint(capsys, distill(toy_folder, out))
     assert not out.exists() and list_checkpoints(tmp_path / "gone")
 
