@@ -1,26 +1,20 @@
 """The two memory-bound operations of the method: one name each, whatever the device.
 
-A tensor on a GPU (CUDA or ROCm) runs the Triton kernels. All other tensors run `reference.py`, the
-specification that the kernels are tested against. So does float64, which the kernels would round.
+A tensor on a GPU (CUDA or ROCm) runs the Triton kernels in `fused.py`. All other tensors run
+`reference.py`, the specification that the kernels are tested against. So does float64, which the
+kernels would round.
 """
 
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import torch
 
 from . import reference
 
-fused = None
 if find_spec("triton"):  # not on macOS or Windows
-    # The first import of a submodule binds its name in the package. These imports stand above the
-    # functions, so that `kernels.temporal_variance` is the function in every order of imports.
-    from .interpolate import InterpolateFrames
-    from .temporal_variance import TemporalVariance
-
-    fused = SimpleNamespace(
-        temporal_variance=TemporalVariance.apply, interpolate_frames=InterpolateFrames.apply
-    )
+    from . import fused
+else:
+    fused = None
 
 
 def backend(x):
@@ -48,8 +42,11 @@ def interpolate_frames(x0, blend, residual):
     """
     check_video("x0", x0)
     b, c, f, h, w = x0.shape
-    check_shape("blend", blend, (b, 1, f - 1, h, w), x0)
-    check_shape("residual", residual, (b, c, f - 1, h, w), x0)
+    for name, x, shape in (("blend", blend, (b, 1, f - 1, h, w)),
+                           ("residual", residual, (b, c, f - 1, h, w))):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} beside x0 {list(x0.shape)}, but is "
+                             f"{list(x.shape)}")
     with torch.cuda.device(x0.get_device()):
         return backend(x0).interpolate_frames(x0, blend, residual)
 
@@ -57,10 +54,3 @@ def interpolate_frames(x0, blend, residual):
 def check_video(name, x):
     if x.ndim != 5 or x.numel() == 0:
         raise ValueError(f"{name} must be `b c f h w`, none of them 0, but has {list(x.shape)}")
-
-
-def check_shape(name, x, shape, x0):
-    if x.shape != shape:
-        raise ValueError(
-            f"{name} must be {list(shape)} beside x0 {list(x0.shape)}, but is {list(x.shape)}"
-        )

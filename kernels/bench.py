@@ -22,7 +22,6 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from . import fused, reference
-from .video import OPTIONS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -42,11 +41,6 @@ def wan_inputs(batch=1, height=60, width=104, device="cpu", dtype=torch.bfloat16
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# Compiling
-# ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def compile_only(target):
     """In this block, a launch compiles its kernel for `target` and runs nothing.
@@ -60,15 +54,12 @@ def compile_only(target):
     def hook(fn, compile, **_):
         (attributes,) = compile["configs"]
         source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], attributes)
-        kernels.append(triton.compile(source, target, OPTIONS))
+        kernels.append(triton.compile(source, target, fused.OPTIONS))
         return True  # so that Triton does not launch
 
-    stand_in = SimpleNamespace(
-        get_current_target=lambda: target,
-        get_current_device=lambda: str(target),
-        get_current_stream=lambda device: 0,
-    )
-    driver.set_active(stand_in)
+    driver.set_active(SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: str(target),
+        get_current_stream=lambda device: 0))
     triton.knobs.runtime.jit_cache_hook = hook
     try:
         yield kernels
@@ -86,7 +77,7 @@ def compiled(target, operation, inputs):
 
 
 def machine_code(kernel):
-    """Registers and scratch bytes (spills, local arrays) of a thread; instructions, loads, stores.
+    """Registers and scratch bytes (spills, local arrays) of a thread; its loads and stores.
 
     `loads_16` and `stores_16` count those that move 16 bytes at once.
     """
@@ -96,21 +87,18 @@ def machine_code(kernel):
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
             usage = subprocess.check_output(command, text=True)
-        registers, scratch, wide = r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)", ".128"
-        code, accesses = kernel.asm["sass"], {"loads": r"\bLDG\S*", "stores": r"\bSTG\S*"}
-        instruction = r"^\S+:.:.:.:\S+\s(?!NOP)"
+        code, registers, scratch = kernel.asm["sass"], r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)"
+        loads, stores, wide = r"\bLDG\S*", r"\bSTG\S*", ".128"
     else:
+        code = usage = kernel.asm["amdgcn"]
         registers, scratch = r"\.vgpr_count: *(\d+)", r"\.private_segment_fixed_size: *(\d+)"
-        code, wide, access = kernel.asm["amdgcn"], "dwordx4", r"\b(?:global|buffer)_%s_\w+"
-        usage, accesses = code, {"loads": access % "load", "stores": access % "store"}
-        instruction = r"^\t(?:s|v|ds|global|buffer)_\w+"
-    report = {"registers": int(re.search(registers, usage)[1])}
-    report["scratch"] = sum(map(int, re.findall(scratch, usage)))
-    report["instructions"] = len(re.findall(instruction, code, re.MULTILINE))
-    for kind, pattern in accesses.items():
-        found = re.findall(pattern, code)
-        report |= {kind: len(found), f"{kind}_16": sum(wide in access for access in found)}
-    return report
+        loads, stores, wide = (*(rf"\b(?:global|buffer)_{kind}_\w+" for kind in ("load", "store")),
+                               "dwordx4")
+    loads, stores = re.findall(loads, code), re.findall(stores, code)
+    return {"registers": int(re.search(registers, usage)[1]),
+            "scratch": sum(map(int, re.findall(scratch, usage))),
+            "loads": len(loads), "loads_16": sum(wide in load for load in loads),
+            "stores": len(stores), "stores_16": sum(wide in store for store in stores)}
 
 
 def compile_all():
@@ -118,11 +106,6 @@ def compile_all():
         for operation, inputs in wan_inputs().items():
             for kernel in compiled(target, operation, inputs):
                 yield {"target": name, "kernel": kernel.name} | machine_code(kernel)
-
-
-# ---------------------------------------------------------------------------------------------
-# Timing
-# ---------------------------------------------------------------------------------------------
 
 
 def forward_and_backward(function, inputs):
@@ -143,7 +126,7 @@ def time_all():
     """Milliseconds of forward and backward, and the speed as a share of a plain copy's."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source)) / 1e6
+    copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source))
     for size, shape in SIZES.items():
         for operation, inputs in wan_inputs(*shape, "cuda").items():
             eager, kernel = getattr(reference, operation), getattr(fused, operation)
@@ -152,9 +135,8 @@ def time_all():
             inductor = torch.compile(eager, dynamic=False)
             for way, function in {"eager": eager, "compile": inductor, "triton": kernel}.items():
                 ms = triton.testing.do_bench(partial(forward_and_backward, function, inputs))
-                speed = moved / ms / 1e6
-                yield {"operation": operation, "size": size, "way": way, "ms": ms, "GB/s": speed,
-                       "of_copy": speed / copy}  # fmt: skip
+                yield {"operation": operation, "size": size, "way": way, "ms": ms,
+                       "of_copy": moved / ms / copy}
 
 
 def printed(rows):

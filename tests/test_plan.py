@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,14 +23,14 @@ FORMULAS = {  # which FlopCounterMode has for a GPU's flash attention, and not f
 
 
 class Real:
-    """The updates of a cycle, on tensors with content."""
+    """The updates of a cycle with checkpointing, on tensors with content."""
 
-    def __init__(self, config, shape, checkpointing):
+    def __init__(self, config, shape):
         self.models = self.teacher, self.student, self.critic = [
             self.build(config) for _ in range(3)]
         self.teacher.requires_grad_(False)
         for model in self.models[1:]:
-            model.gradient_checkpointing = checkpointing
+            model.gradient_checkpointing = True
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         self.cache = adavid.LossMeanCache(4)
@@ -82,52 +83,57 @@ def flops(function):
 
 def allocated_peak(function):
     """The most bytes that PyTorch's allocator handed out at once."""
-    with torch.backends.mkldnn.flags(enabled=False):  # CPUs with bf16 units would count its scratch
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            function()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    with (torch.backends.mkldnn.flags(enabled=False),  # CPUs with bf16 units count its scratch
+          profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler):
+        function()
+    return max(np.cumsum([event.nbytes() for event in profiler.profiler.kineto_results.events()
+                          if event.name() == "[memory]"]))
 
 
-@pytest.mark.parametrize("config, shape, flops_with_checkpointing, steps", [
-    (TOY, (12, 5, 4, 8), False, (0, 3)), (WIDE, (16, 3, 8, 16), True, (1, 2))],
-    ids=["toy", "wide"])
+@pytest.mark.parametrize("config, shape, steps", [
+    (TOY, (12, 5, 4, 8), (0, 3)), (WIDE, (16, 3, 8, 16), (1, 2))], ids=["toy", "wide"])
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_a_cycle_costs_what_real_tensors_cost(config, shape, flops_with_checkpointing, steps):
-    for checkpointing, counted in zip((False, True), plan.count_cycle(config, shape)):
-        real = Real(config, shape, checkpointing)
-        losses = real.student_losses()
-        saved = max(real.saved_bytes(lambda: next(losses)) for _ in range(2))
-        assert counted[1] == pytest.approx(saved, rel=0.1)
-        working = (allocated_peak(lambda: real.critic_loss().backward())
-                   - real.saved_bytes(real.critic_loss))
-        assert sum(counted[1:]) == pytest.approx(saved + working, rel=0.1)
+def test_a_cycle_costs_what_real_tensors_cost(config, shape, steps):
+    counted, real = plan.count_cycle(config, shape), Real(config, shape)
+    losses = real.student_losses()
+    saved = max(real.saved_bytes(lambda: next(losses)) for _ in range(2))
+    assert counted[1] == pytest.approx(saved, rel=0.1)
+    working = (allocated_peak(lambda: real.critic_loss().backward())
+               - real.saved_bytes(real.critic_loss))
+    assert sum(counted[1:]) == pytest.approx(saved + working, rel=0.1)
 
-        if checkpointing == flops_with_checkpointing:
-            critic = 5 * flops(lambda: real.critic_loss().backward())
-            rollout, student = (sum(flops(lambda: f(step)) for step in steps) / len(steps)
-                                for f in (real.rollout, real.update_student))
-            assert counted[0] == pytest.approx(critic + 4 * rollout + student, rel=0.01)
-            sparing = plan.count_cycle(config, shape, one_rollout=True)[int(checkpointing)]
-            assert counted[0] - sparing[0] == pytest.approx(4 * rollout, rel=0.01)
+    critic = 5 * flops(lambda: real.critic_loss().backward())
+    rollout, student = (sum(flops(lambda: f(step)) for step in steps) / len(steps)
+                        for f in (real.rollout, real.update_student))
+    assert counted[0] == pytest.approx(critic + 4 * rollout + student, rel=0.01)
+    sparing = plan.count_cycle(config, shape, one_rollout=True)
+    assert counted[0] - sparing[0] == pytest.approx(4 * rollout, rel=0.01)
 
 
 @pytest.mark.parametrize("preset, billions, half_step, decoupled_steps", [
     ("wan-1.3b", 1.419, 0.35, 0.675), ("wan-14b", 14.288, 0.39, 0.70)])
 def test_sizes_and_ratios_are_the_published_ones(preset, billions, half_step, decoupled_steps):
-    config = PRESETS[preset]
+    config, shape = PRESETS[preset], (16, 21, 60, 104)
     assert plan.parameters(costs.build(config)) / 1e9 == pytest.approx(billions, abs=5e-4)
-    decoupled, four, guided, full, half, activations = plan.count_samplers(
-        config, (16, 21, 60, 104))
+    (full, _, activations), (half, *_) = (
+        costs.count_forward(config, shape, stride=stride) for stride in (1, 2))
     assert half / full == pytest.approx(half_step, abs=0.005)
-    assert decoupled / four == pytest.approx(decoupled_steps, abs=0.005)
-    assert four == 4 * full and guided == 2 * full
     hidden = 32760 * config.ffn_dim * 2
     assert hidden < activations < 5 * hidden
+
+    def samplers(config):
+        model, (noise, text) = costs.build(config).requires_grad_(False), costs.inputs(
+            config, shape, 1)
+        interpolator = adavid.FrameInterpolator(16, width=32).to("meta")
+        return np.array([costs.count(function)[0] for function in (
+            lambda: adavid.sample(model, noise, text, plan.AVD, interpolator),
+            lambda: adavid.sample(model, noise, text, plan.AVD),
+            lambda: adavid.sample_teacher(model, noise, text, text, steps=1))])
+
+    decoupled, four, guided = costs.at_full_depth(config, samplers)
+    assert decoupled == pytest.approx(2 * full + 2 * half, rel=1e-3)
+    assert decoupled / four == pytest.approx(decoupled_steps, abs=0.005)
+    assert four == 4 * full and guided == 2 * full
 
 
 def test_attention_is_counted_with_no_matrix_of_scores():
@@ -154,43 +160,37 @@ def test_sharding_divides_memory_and_lora_does_not():
 
 @pytest.fixture
 def known_cycle(monkeypatch):
-    """A cycle of 3 PFLOPs, and 1 recomputed, with 50 + 10 and 1 + 2 GB of activations."""
-    cycle = torch.tensor([[3e15, 50e9, 10e9], [4e15, 1e9, 2e9]]).numpy()
-    monkeypatch.setattr(plan, "count_cycle", lambda *_, **__: cycle)
+    """A cycle of 4 PFLOPs, with 1 + 2 GB of activations."""
+    monkeypatch.setattr(plan, "count_cycle", lambda *_, **__: np.array([4e15, 1e9, 2e9]))
 
 
 def test_distill_tells_whether_it_fits_and_how_long_it_takes(known_cycle, capsys):
     command = ["distill", "--tflops", "1000", "--utilisation", "0.5", "--videos", "14400"]
     assert plan.main([*command, "--gpus", "2", "--accumulate", "2"]) == 0
     said = capsys.readouterr().out
-    assert "1.419 billion parameters" in said and "32,760 tokens, 17,160 at frame" in said
-    assert "8  in all: 16.0 seconds" in said and "60  activations without checkpointing" in said
-    assert "fits 80 GB" in said and "3,600 cycles" in said and "16  hours on 2 GPUs" in said
-    assert plan.main([*command, "--memory", "24", "--updates", "10"]) == 0
-    said = capsys.readouterr().out
-    assert "does not fit 24 GB" in said and "\n10 cycles" in said
+    assert "1.419 billion parameters" in said and "latents, 32,760 tokens" in said
+    assert "8  PFLOPs on each GPU" in said and "16  seconds of a cycle" in said
+    assert "fits 80 GB" in said and "3600  cycles" in said and "16  hours" in said
+    assert "32  GPU hours" in said
+    assert plan.main([*command, "--memory", "24"]) == 0
+    assert "does not fit 24 GB" in capsys.readouterr().out
     assert plan.main([*command, "--memory", "24", "--lora", "16"]) == 0
     assert "fits 24 GB" in capsys.readouterr().out
 
 
-def test_sample_compares_the_samplers(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "count_samplers", lambda *_: [3e12, 4e12, 2e12, 1e12, 5e11, 1e9])
-    assert plan.main(["sample", "--preset", "tiny"]) == 0
-    said = capsys.readouterr().out
-    assert "144 tokens, 80 at frame stride 2" in said and "0.1  teacher, 50 guided steps" in said
-    assert "stride 2, 0.50 of that" in said and "strides 2 2 1 1, 0.750 of that" in said
-
-
-@pytest.mark.parametrize("strides, tokens, forwards", [
-    ((4, 2, 1, 1), "144 tokens, 80 at frame stride 2, 48 at frame stride 4\n", 3),
-    ((1, 1, 1, 1), "144 tokens\n", 1)])
-def test_sample_follows_the_strides(strides, tokens, forwards, monkeypatch, capsys):
+@pytest.mark.parametrize("strides, tokens", [
+    ((2, 2, 1, 1), (144, 80)), ((4, 2, 1, 1), (144, 80, 48)), ((1, 1, 1, 1), (144,))])
+def test_sample_compares_the_samplers(strides, tokens, monkeypatch, capsys):
     monkeypatch.setattr(plan, "AVD", adavid.AVDConfig(strides=strides))
+    monkeypatch.setattr(plan, "count_forward",
+                        lambda config, shape, batch, stride: (1e12 / stride, 0, 1e9))
     assert plan.main(["sample", "--preset", "tiny"]) == 0
     said = capsys.readouterr().out
-    assert tokens in said and said.count("  a forward at") == forwards
-    assert f"4 steps at strides {' '.join(map(str, strides))}, " in said
-    assert ("1.000 of that" in said) == (max(strides) == 1)
+    for stride, number in zip((1, 2, 4), tokens):
+        assert f"frame stride {stride}: {number} tokens, {1 / stride:.2f} of the full rate" in said
+    assert said.count("  a forward at") == len(tokens) and "0.1  teacher, 50 guided steps" in said
+    share = sum(1 / stride for stride in strides) / 4
+    assert f"steps at strides {' '.join(map(str, strides))}, {share:.3f} of that" in said
 
 
 def test_tables_go_to_the_page(known_cycle, tmp_path, monkeypatch, capsys):

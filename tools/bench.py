@@ -1,6 +1,6 @@
 """What training, the transformer, the sampler, the demo and the kernels cost.
 
-    python -m tools.bench                    everything; a quarter of an hour on two cores
+    python -m tools.bench                    everything; half an hour on two cores
     python -m tools.bench --parts kernels    one part of it
 
 Each part replaces its figures in docs/costs.json and its lines in docs/costs.md. The last line of
@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 import adavid
 from runtime import cli
 from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel
-from tools.costs import PAGE, at_full_depth, build, count, inputs
+from tools.costs import PAGE, count_forward
 from tools.page import fill, markdown
 
 RESULTS = PAGE.with_suffix(".json")
@@ -50,41 +51,34 @@ def main(argv=None):
 
 
 def run(args):
-    programs = {"cycle": bench_cycle, "sampler": bench_sampler, "demo": bench_demo,
-                "kernels": bench_kernels, "model": bench_model}
     figures = json.loads(RESULTS.read_text())
     for part in args.parts:
         print(f"{part} ...", flush=True)
-        figures[part] = programs[part]() | {"machine": machine()}
+        figures[part] = globals()[f"bench_{part}"]() | {"machine": machine()}
         RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks(figures)), encoding="utf-8")
+    fill(PAGE, blocks(figures))
     print(json.dumps(figures))
 
 
 def machine():
-    cpu = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "") if sys.platform == "linux" else ""
-    return (f"{os.cpu_count()} cores of {cpu or platform.machine()}, torch {torch.__version__}, "
-            f"{time.strftime('%Y-%m-%d')}")
+    info = Path("/proc/cpuinfo")  # on Linux
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return (f"{os.cpu_count()} cores of {[*names, platform.machine()][0]}, "
+            f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
 
 
 def in_turn(calls, runs):
-    """The medians, over `runs` rounds, of the numbers that each call returns.
+    """Each call's median seconds over `runs` rounds, after a round to warm up.
 
-    The calls take turns, so that a busy machine slows all of them. The first round is a warm-up.
+    The calls take turns, so that a busy machine slows all of them.
     """
-    results = {name: [] for name in calls}
+    seconds = {name: [] for name in calls}
     for _ in range(runs + 1):
         for name, call in calls.items():
-            results[name].append(call())
-    return {name: [median(values) for values in zip(*rows[1:])] for name, rows in results.items()}
-
-
-def seconds(function, *args):
-    """How long a call takes, in a list, as `in_turn` wants it."""
-    began = time.perf_counter()
-    function(*args)
-    return [time.perf_counter() - began]
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: median(times[1:]) for name, times in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,23 +95,21 @@ SCHEDULES = {  # do rollouts end early, how many critic updates need none, the t
 
 
 def bench_cycle():
-    costs = {preset: forward_costs(PRESETS[preset]) for preset in ("wan-1.3b", "wan-14b")}
-    return {"forwards": {preset: {name: forwards(cost, *schedule)
+    models = [WanModel(PRESETS["tiny"]).init_weights() for _ in range(3)]
+    shape = ToyCodec().latent_shape()
+    interpolator = adavid.FrameInterpolator(shape[0], width=32).requires_grad_(False)
+    real, text = torch.randn(1, *shape), ToyCodec().encode_text(["a red ball"])
+    times = in_turn({name: partial(cycles, models, interpolator, real, text, *schedule)
+                     for name, schedule in SCHEDULES.items()}, runs=3)
+    return {"forwards": {preset: {name: forwards(forward_costs(PRESETS[preset]), *schedule)
                                   for name, schedule in SCHEDULES.items()}
-                         for preset, cost in costs.items()},
-            "toy_seconds": time_cycles()}
+                         for preset in ("wan-1.3b", "wan-14b")},
+            "toy_seconds": {name: all_four / 4 for name, all_four in times.items()}}
 
 
 def forward_costs(config, shape=WAN):
     """FLOPs of a forward at frame strides 1 and 2, in forwards at the full rate."""
-    def counted(config):
-        model = build(config).requires_grad_(False)
-        x, text = inputs(config, shape, 1)
-        t = torch.empty(1, device="meta")
-        return np.array([count(partial(model, x[:, :, ::stride], t, text, frame_stride=stride))[0]
-                         for stride in (1, 2)])
-
-    full, half = at_full_depth(config, counted)
+    full, half = (count_forward(config, shape, stride=stride)[0] for stride in (1, 2))
     return {1: 1.0, 2: half / full}
 
 
@@ -137,24 +129,12 @@ def forwards(cost, ends_early, served, strides):
     return rollout + backward + scores + regression + critic
 
 
-def time_cycles():
-    """Seconds of a cycle of the toy under each schedule, averaged over the four steps."""
-    models = [WanModel(PRESETS["tiny"]).init_weights() for _ in range(3)]
-    models[1].requires_grad_(False)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-6) for model in models[::2]]
-    shape = ToyCodec().latent_shape()
-    interpolator = adavid.FrameInterpolator(shape[0], width=32).requires_grad_(False)
-    real, text = torch.randn(1, *shape), ToyCodec().encode_text(["a red ball"])
-    times = in_turn({name: partial(seconds, cycles, models, interpolator, real, text, *schedule,
-                                   optimizers) for name, schedule in SCHEDULES.items()}, runs=3)
-    return {name: all_four / 4 for name, (all_four,) in times.items()}
-
-
-def cycles(models, interpolator, real, text, ends_early, served, strides, optimizers=()):
+def cycles(models, interpolator, real, text, ends_early, served, strides):
     """Four cycles, one for each step that a rollout can end at."""
     student, teacher, critic = models
     config = adavid.AVDConfig(train_strides=strides)
     cache = adavid.LossMeanCache(len(config.timesteps))
+    optimizer = torch.optim.AdamW([*student.parameters(), *critic.parameters()], lr=1e-6)
 
     def finish_rollout(step):
         """The released rollouts go on to the last step, though nobody uses its videos."""
@@ -171,30 +151,30 @@ def cycles(models, interpolator, real, text, ends_early, served, strides, optimi
             parts |= more
         x0 = parts["x0"]
         finish_rollout(step)
-        descend(student, optimizers[:1])
         for update in range(config.critic_updates):
+            optimizer.step()  # of the student, then of the critic: one of them has gradients
+            optimizer.zero_grad()
             if update >= served:
                 with torch.no_grad():
                     x0 = adavid.backward_simulation(student, torch.randn_like(real), text, step,
                                                     config, interpolator)
                 finish_rollout(step)
             adavid.critic_loss(critic, x0, text, config).backward()
-            descend(critic, optimizers[1:])
-
-
-def descend(model, optimizers):
-    for optimizer in optimizers:
         optimizer.step()
-    model.zero_grad()
+        optimizer.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------------
 # WanModel against diffusers' WanTransformer3DModel, on the same weights
 # ---------------------------------------------------------------------------------------------
 
-# The shape of the latents (b f h w), and how many rounds even out the noise of timing.
-SIZES = {"toy": (PRESETS["tiny"], (16, 9, 8, 8), 31),
-         "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7)}
+SIZES = {  # the shape of the latents (b f h w), and how many rounds even out the noise of timing
+    "toy": (PRESETS["tiny"], (16, 9, 8, 8), 31),
+    "dim 512 x 8, 2,000 tokens": (WanConfig(512, 2048, 8, 8), (1, 5, 40, 40), 15),
+    "one layer of 1.3B, 8,064 tokens": (WanConfig(1536, 8960, 12, 1), (1, 7, 64, 72), 7),
+}
+PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::convolution",
+            "aten::_scaled_dot_product")  # the start of their names
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
 
 
@@ -209,7 +189,7 @@ def bench_model():
 
 
 def compare(config, shape, runs):
-    """Seconds of forward, and of forward and backward, and peak bytes of each model."""
+    """Each model's seconds of forward, and of forward and backward, and what `profiled` says."""
     from diffusers import WanTransformer3DModel
     ours = WanModel(config).init_weights()
     for p in ours.parameters():
@@ -220,29 +200,28 @@ def compare(config, shape, runs):
     b, *size = shape
     x, t = torch.randn(b, config.in_dim, *size), torch.full((b,), 757.0)
     text = torch.randn(b, config.text_len, config.text_dim)
-    models = {"ours": lambda: ours(x, t, text),
-              "diffusers": lambda: theirs(x, t, text, return_dict=False)[0]}
-
-    def forward_and_backward(model):
-        began = time.perf_counter()
-        v = model()
-        middle = time.perf_counter()
-        v.square().mean().backward()
-        return middle - began, time.perf_counter() - began
-
-    calls = {name: partial(forward_and_backward, model) for name, model in models.items()}
-    times = in_turn(calls, runs)
-    return {name: dict(zip(("forward", "both"), times[name])) | {"peak": peak(call)}
-            for name, call in calls.items()}
+    forward = {"ours": lambda: ours(x, t, text),
+               "diffusers": lambda: theirs(x, t, text, return_dict=False)[0]}
+    both = {name: lambda call=call: call().square().mean().backward()
+            for name, call in forward.items()}
+    forward_times, both_times = in_turn(forward, runs), in_turn(both, runs)
+    return {name: {"forward": forward_times[name], "both": both_times[name]} | profiled(call)
+            for name, call in both.items()}
 
 
-def peak(call):
-    """The most bytes that PyTorch's allocator has handed out at once."""
+def profiled(call):
+    """The share of a call's time outside matrix products and attention, and its peak memory.
+
+    The peak is the most bytes that PyTorch's allocator has handed out at once.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
+    table = profiler.key_averages()
+    products = sum(row.cpu_time_total for row in table if row.key.startswith(PRODUCTS))
+    outside = 1 - products / sum(row.self_cpu_time_total for row in table)
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
              if event.name() == "[memory]"]
-    return int(max(np.cumsum(sizes)))
+    return {"outside": outside, "peak": int(max(np.cumsum(sizes)))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,27 +233,24 @@ SLICE, SLICE_SHAPE = WanConfig(256, 1496, 2, 3, text_len=86), (16, 21, 32, 32)
 
 
 def bench_sampler():
-    config = adavid.AVDConfig()
-    counted = {}
+    config, counted = adavid.AVDConfig(), {}
     for preset in ("wan-1.3b", "wan-14b"):
         cost = forward_costs(PRESETS[preset])
         counted[preset] = mean(cost[stride] for stride in config.strides)
     model = WanModel(SLICE).init_weights().requires_grad_(False)
     interpolator = adavid.FrameInterpolator(16, width=32)
     noise, text = torch.randn(1, *SLICE_SHAPE), torch.randn(1, SLICE.text_len, SLICE.text_dim)
-    times = in_turn({
-        "full rate": partial(seconds, adavid.sample, model, noise, text, config),
-        "decoupled": partial(seconds, adavid.sample, model, noise, text, config, interpolator)},
-        runs=7)
-    return {"counted": counted, "slice_seconds": {name: time for name, (time,) in times.items()}}
+    sample = partial(adavid.sample, model, noise, text, config)
+    return {"counted": counted, "slice_seconds": in_turn(
+        {"full rate": sample, "decoupled": partial(sample, interpolator)}, runs=7)}
 
 
 def bench_demo():
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tools.demo", "--out", folder]
-        demo, = seconds(partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL))
-    return {"minutes": demo / 60}
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return {"minutes": (time.perf_counter() - began) / 60}
 
 
 def bench_kernels():
@@ -303,35 +279,27 @@ def blocks(figures):
     cycle = [["schedule", "1.3B", "14B", "toy, timed"], *(
         [name, *(f"{counted[preset][name]:.1f} F" for preset in counted),
          f"{released / times[name]:.2f} x"] for name in SCHEDULES)]
-    model = [["", "forward", "forward and backward", "peak memory"], *(
+    model = [["", "forward", "forward and backward", "outside matrix products and attention",
+              "peak memory"], *(
         [f"{size}: {name}", f"{row['forward']:.3f} s", f"{row['both']:.3f} s",
-         f"{row['peak'] / 1e6:,.0f} MB"]
+         f"{row['outside']:.1%}", f"{row['peak'] / 1e6:,.0f} MB"]
         for size in SIZES for name, row in figures["model"][size].items())]
-    return {"cycle": markdown(cycle), "model": markdown(model),
-            "others": "\n".join(f"- {line}" for line in others(figures)),
-            "kernels": kernels_line(figures["kernels"])}
-
-
-def others(figures):
     small, large = figures["sampler"]["counted"].values()
-    times = figures["sampler"]["slice_seconds"]
-    yield (f"The decoupled sampler needs {small:.3f} of the FLOPs of the full rate at 1.3B and "
-           f"{large:.3f} at 14B (counted). On a small model with the same share of attention as "
-           f"1.3B it takes {times['decoupled'] / times['full rate']:.3f} of the time, the "
-           f"interpolator included.")
-    yield f"`make demo` takes {figures['demo']['minutes']:.1f} minutes."
+    sampler = figures["sampler"]["slice_seconds"]
     machines = dict.fromkeys(figures[part]["machine"] for part in PARTS if part != "kernels")
-    yield f"All times on this page: {'; '.join(machines)}."
-
-
-def kernels_line(worst):
+    worst = figures["kernels"]
     *targets, last = worst["targets"]
-    return (f"Triton {worst['triton']} compiles each kernel for {', '.join(targets)} and {last}. "
-            f"The worst values over all of these: a thread spills {worst['scratch']} bytes and "
-            f"uses {worst['registers']} registers; {worst['loads_16']:.0%} of a kernel's loads and "
-            f"{worst['stores_16']:.0%} of its stores move 16 bytes at once (the others move a "
-            f"single number, or the gradient of `blend`, which has one channel). "
-            f"`python -m kernels.bench` prints the values of each kernel.")
+    return {"cycle": markdown(cycle), "model": markdown(model), "others": f"""\
+- The decoupled sampler needs {small:.3f} of the FLOPs of the full rate at 1.3B and {large:.3f} at \
+14B (counted). On a small model with the same share of attention as 1.3B it takes \
+{sampler['decoupled'] / sampler['full rate']:.3f} of the time, the interpolator included.
+- `make demo` takes {figures['demo']['minutes']:.1f} minutes.
+- All times on this page: {'; '.join(machines)}.""", "kernels": f"""\
+Triton {worst['triton']} compiles each kernel for {', '.join(targets)} and {last}. The worst \
+values over all of these: a thread spills {worst['scratch']} bytes and uses {worst['registers']} \
+registers; {worst['loads_16']:.0%} of a kernel's loads and {worst['stores_16']:.0%} of its stores \
+move 16 bytes at once (the others move a single number, or the gradient of `blend`, which has one \
+channel). `python -m kernels.bench` prints the values of each kernel."""}
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ A tensor on the meta device has a shape and no content, so a model of any size t
 runs at once. `tools.plan`, `tools.bench` and `tools.ablation` count with these functions.
 """
 
-import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -31,49 +30,34 @@ class Meter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = self.bytes = self.peak = 0
-        self.alive = set()
+        self.flops, self.peak, self.alive = 0, 0, WeakSet()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
         if formula := flop_registry.get(op.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        new = self.storages(out)
-        if new.keys() - self.alive:
-            for key in new.keys() - self.alive - self.storages((args, kwargs)).keys():
-                self.alive.add(key)
-                self.bytes += new[key].nbytes()
-                weakref.finalize(new[key], self.free, key, new[key].nbytes())
-            self.peak = max(self.peak, self.bytes)
+            self.flops += formula(*args, **kwargs, out_val=out)
+        self.alive |= storages(out) - storages((args, kwargs))
+        self.peak = max(self.peak, self.bytes())
         return out
 
-    def storages(self, tree):
-        """Of the meta tensors in `tree`, by identity: a view shares its base's."""
-        storages = (t.untyped_storage() for t in tree_leaves(tree)
-                    if isinstance(t, torch.Tensor) and t.is_meta)
-        return {storage._cdata: storage for storage in storages}
-
-    def free(self, key, size):
-        self.alive.remove(key)
-        self.bytes -= size
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.alive)
 
 
-@contextmanager
-def flash_attention():
-    """In this block attention costs what it costs on a GPU.
+def storages(tree):
+    """Of the meta tensors in `tree`; a view shares its base's."""
+    return {t.untyped_storage() for t in tree_leaves(tree)
+            if isinstance(t, torch.Tensor) and t.is_meta}
 
-    For backward a GPU keeps one number for each row of the l x l scores. On the meta device PyTorch
-    would choose its plain attention, which keeps all scores. FLOPs are 4 l l d forward, and 2.5
-    times that backward, which computes the scores again. (A TorchFunctionMode would not do: PyTorch
-    switches it off in backward, where checkpointing runs the blocks again.)
+
+def flash_attention(q, k, v):
+    """Attention as on a GPU: for backward it keeps one number for each row of the l x l scores.
+
+    The meta device's own keeps all scores. FLOPs are 4 l l d forward, and 2.5 times that backward,
+    which computes the scores again.
     """
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v: (
-        torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0])
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 def count(function):
@@ -81,12 +65,33 @@ def count(function):
 
     Kept are those that are alive between forward and backward.
     """
-    with flash_attention(), Meter() as meter:
-        result = function()
-        kept = meter.bytes
-        if result.requires_grad:
-            result.backward()
+    # A TorchFunctionMode would be off in backward, where checkpointing runs the blocks again.
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, flash_attention
+    try:
+        with Meter() as meter:
+            result = function()
+            kept = meter.bytes()
+            if result.requires_grad:
+                result.backward()
+    finally:
+        F.scaled_dot_product_attention = plain
     return np.array([meter.flops, kept, meter.peak], dtype=float)
+
+
+def count_forward(config, shape, batch_size=1, stride=1):
+    """`count` of a forward at a frame stride, on latents of a full-rate `shape` (c f h w)."""
+    def counted(config):
+        model = build(config).requires_grad_(False)
+        x, text = inputs(config, shape, batch_size)
+        t = torch.empty(batch_size, device="meta")
+
+        def forward():
+            return model(x[:, :, ::stride], t, text, frame_stride=stride)
+
+        forward()  # makes the RoPE table, which stays
+        return count(forward)
+
+    return at_full_depth(config, counted)
 
 
 def at_full_depth(config, counted, depth=1):

@@ -6,7 +6,6 @@ Runs the kernels' tests, the kernels' benchmark and three cycles of distilling t
 Prints one block to paste.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -39,37 +38,20 @@ def run(_):
     print(f"```\n{torch.cuda.get_device_name()}, torch {torch.__version__}, "
           f"triton {triton.__version__}, {sys.platform}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, command, summary in (
-                ("kernels' tests", ["-m", "pytest", "-q", "tests/test_kernels.py"], last_line),
-                ("kernels.bench", ["-m", "kernels.bench"], speeds),
-                ("distillation in bfloat16", ["train.py", "distill", "--out", folder, "--steps",
-                 "3", "--device", "cuda", "--dtype", "bfloat16"], lambda _: third_cycle(folder))):
-            print(f"{name}: ", end="", flush=True)
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True,
+        times = Path(folder, "times.jsonl")
+        for command, summary in (
+                ("-m pytest -q tests/test_kernels.py", lambda lines: lines[-1:]),
+                ("-m kernels.bench", lambda lines: [x for x in lines if x.startswith("operation")]),
+                (f"train.py distill --out {folder} --steps 3 --device cuda --dtype bfloat16",
+                 lambda lines: [lines[-1], *times.read_text().splitlines()])):
+            print(f"python {command}", flush=True)
+            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            lines = done.stdout.splitlines()
+            print(*(["FAILED", *lines[-20:]] if done.returncode else summary(lines)), sep="\n")
             failed |= done.returncode != 0
-            print(f"FAILED\n{done.stdout[-2000:]}" if done.returncode else summary(done.stdout))
     print("```")
     return int(failed)
-
-
-def last_line(output):
-    return output.splitlines()[-1]
-
-
-def speeds(output):
-    """Milliseconds, and the share of a copy's speed, of each operation, size and way."""
-    return "forward and backward, with the share of a copy's speed" + "".join(
-        f"\n  {row['operation']}, {row['size']}, {row['way']}: {row['ms']:.3f} ms, "
-        f"{row['of_copy']:.0%}" for row in json.loads(last_line(output))["timed"])
-
-
-def third_cycle(folder):
-    """The last cycle's seconds and losses."""
-    times, numbers = (json.loads((Path(folder) / log).read_text().splitlines()[-1])
-                      for log in ("times.jsonl", "metrics.jsonl"))
-    return f"{times['seconds']:.2f} s for the third cycle, " + ", ".join(
-        f"{name} {numbers[name]:.3g}" for name in ("kl", "reg", "temp", "critic"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""Both operations in Triton; their twins in PyTorch are in `reference.py`.
+
+Sums are in float32. PyTorch rounds a product before it adds it to something; without fusion of
+floating-point operations, the kernels do the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+# A program handles tiles of 1024 values. With two warps that is 16 bytes of bfloat16 per thread on
+# AMD, whose warps have 64 threads, and 32 bytes on NVIDIA.
+TILE = 1024
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
+FRAMES = 4  # of the variance, loaded together, which hides the latency of memory
+
+
+@triton.jit
+def load(pointers, mask):
+    return tl.load(pointers, mask, other=0).to(tl.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Temporal variance
+#
+#     y_b = mean_{c,h,w} var_f x        dL/dx = dL/dy_b * 2 / (c f h w) * (x - mean_f x)
+#
+# Bytes: forward reads x once; backward reads x once more and writes its gradient once. Forward
+# leaves mean_f d for backward, one float32 for each position.
+#
+# The sums run over d = x - x_first. A large mean is thus subtracted before anything is rounded.
+# var = mean d^2 - (mean d)^2 is accurate, because x_first is itself one of the f frames and
+# therefore (mean d)^2 <= (f - 1) var (Samuelson's inequality): the subtraction magnifies rounding
+# errors by a factor of f at most.
+# ---------------------------------------------------------------------------------------------
+
+
+def temporal_variance(x):
+    return TemporalVariance.apply(x.contiguous())
+
+
+class TemporalVariance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        b, c, f, h, w = x.shape
+        grid = (b * c, triton.cdiv(h * w, TILE))
+        mean = x.new_empty(b * c, h * w, dtype=torch.float32)  # of d over the frames
+        partial = x.new_empty(grid, dtype=torch.float32)
+        variance_forward[grid](x, mean, partial, c, f, h * w, TILE, FRAMES, **OPTIONS)
+        ctx.save_for_backward(x, mean)
+        return partial.view(b, -1).sum(dim=1)  # without atomics, which add in any order
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, mean = ctx.saved_tensors
+        b, c, f, h, w = x.shape
+        grid = (b * c, triton.cdiv(h * w, TILE))
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        variance_backward[grid](x, mean, grad, grad_x, c, f, h * w, TILE, FRAMES, **OPTIONS)
+        return grad_x
+
+
+@triton.jit
+def variance_forward(
+    x, mean, partial, c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr
+):
+    plane, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tile * TILE + tl.arange(0, TILE)
+    inside = position < hw
+    x += plane * f * hw + position
+    first = load(x, inside)
+    total, squares = tl.zeros_like(first), tl.zeros_like(first)
+    for start in range(1, f, FRAMES):
+        frame = start + tl.arange(0, FRAMES)[:, None]
+        mask = inside & (frame < f)
+        d = tl.where(mask, load(x + frame * hw, mask) - first, 0)
+        total += tl.sum(d, 0)
+        squares += tl.sum(d * d, 0)
+    center = total / f
+    variance = squares / f - center * center
+    tl.store(mean + plane * hw + position, center, inside)
+    tl.store(partial + plane * tl.num_programs(1) + tile, tl.sum(variance) / hw / c)
+
+
+@triton.jit
+def variance_backward(
+    x, mean, grad, grad_x, c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr
+):
+    plane = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = position < hw
+    x += plane * f * hw + position
+    grad_x += plane * f * hw + position
+    first = load(x, inside)
+    center = load(mean + plane * hw + position, inside)
+    scale = tl.load(grad + plane // c) * 2 / f / hw / c
+    tl.store(grad_x, -scale * center, inside)
+    for start in range(1, f, FRAMES):
+        frame = start + tl.arange(0, FRAMES)[:, None]
+        mask = inside & (frame < f)
+        d = load(x + frame * hw, mask) - first
+        tl.store(grad_x + frame * hw, scale * (d - center), mask)
+
+
+# ---------------------------------------------------------------------------------------------
+# Frame interpolation
+#
+#     m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k      out = x_0 m_0 x_1 m_1 ... x_{f-1}
+#
+# With g = dL/dout:
+#
+#     dL/dx_k = g(x_k) + blend_k g(m_k) + (1 - blend_{k-1}) g(m_{k-1})
+#     dL/dresidual_k = g(m_k)        dL/dblend_k = sum_c g(m_k) (x_k - x_{k+1})
+#
+# Bytes: forward reads x0, blend and residual once and writes out once; backward reads x0, blend and
+# dL/dout once and writes the three gradients once. To read blend once, a program holds all
+# channels, which share it. To read x0 once, it walks along the frames and keeps the last one.
+# ---------------------------------------------------------------------------------------------
+
+
+def interpolate_frames(x0, blend, residual):
+    return InterpolateFrames.apply(x0.contiguous(), blend.contiguous(), residual.contiguous())
+
+
+class InterpolateFrames(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x0, blend, residual):
+        b, c, f, h, w = x0.shape
+        out = x0.new_empty(b, c, 2 * f - 1, h, w)
+        launch(interpolate_forward, x0, blend, residual, out)
+        ctx.save_for_backward(x0, blend)
+        ctx.residual_dtype = residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x0, blend = ctx.saved_tensors
+        b, c, f, h, w = x0.shape
+        grad_residual = x0.new_empty(b, c, f - 1, h, w, dtype=ctx.residual_dtype)
+        grads = torch.empty_like(x0), torch.empty_like(blend), grad_residual
+        launch(interpolate_backward, x0, blend, grad.contiguous(), *grads)
+        return grads
+
+
+def launch(kernel, x0, *others):
+    b, c, f, h, w = x0.shape
+    channels = triton.next_power_of_2(c)
+    positions = max(TILE // channels, 16)
+    grid = (triton.cdiv(h * w, positions), b)
+    kernel[grid](x0, *others, c, f, h * w, channels, positions, **OPTIONS)
+
+
+@triton.jit
+def interpolate_forward(
+    x0, blend, residual, out,
+    c, f: tl.constexpr, hw, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)[:, None]
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    mask = (channel < c) & (position < hw)
+    plane = b * c + channel
+    x0 += plane * f * hw + position
+    blend += b * (f - 1) * hw + position + 0 * channel
+    residual += plane * (f - 1) * hw + position
+    out += plane * (2 * f - 1) * hw + position
+    left = load(x0, mask)
+    for k in range(f - 1):
+        right = load(x0 + (k + 1) * hw, mask)
+        share = load(blend + k * hw, mask)
+        middle = share * left + (1 - share) * right + load(residual + k * hw, mask)
+        tl.store(out + 2 * k * hw, left, mask)
+        tl.store(out + (2 * k + 1) * hw, middle, mask)
+        left = right
+    tl.store(out + (2 * f - 2) * hw, left, mask)
+
+
+@triton.jit
+def interpolate_backward(
+    x0, blend, grad, grad_x0, grad_blend, grad_residual,
+    c, f: tl.constexpr, hw, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, CHANNELS)[:, None]
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    mask = (channel < c) & (position < hw)
+    plane = b * c + channel
+    x0 += plane * f * hw + position
+    grad_x0 += plane * f * hw + position
+    blend += b * (f - 1) * hw + position + 0 * channel
+    grad_blend += b * (f - 1) * hw + position
+    grad += plane * (2 * f - 1) * hw + position
+    grad_residual += plane * (f - 1) * hw + position
+    left = load(x0, mask)
+    carry = tl.zeros_like(left)  # (1 - blend_{k-1}) g(m_{k-1}), which belongs to x_k
+    for k in range(f - 1):
+        right = load(x0 + (k + 1) * hw, mask)
+        share = load(blend + k * hw, mask)
+        middle = load(grad + (2 * k + 1) * hw, mask)
+        tl.store(grad_x0 + k * hw, load(grad + 2 * k * hw, mask) + share * middle + carry, mask)
+        tl.store(grad_residual + k * hw, middle, mask)
+        tl.store(grad_blend + k * hw, tl.sum(middle * (left - right), 0), position < hw)
+        carry = (1 - share) * middle
+        left = right
+    tl.store(grad_x0 + (f - 1) * hw, load(grad + (2 * f - 2) * hw, mask) + carry, mask)
