@@ -1,6 +1,5 @@
 """The ablation on a small scale: what it trains, measures, keeps and concludes."""
 
-import json
 import os
 import shlex
 import shutil

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import adavid
+from tests.helpers import complaint
 from tests.test_plan import FLASH_BACKWARD, FORMULAS
-from tests.test_train import complaint
 from tiny_wan import PRESETS, WanConfig, WanModel
 from tools import bench, gpu_check
 

@@ -13,7 +13,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from tests.test_train import complaint
+from tests.helpers import complaint
 from tools import demo, page
 
 VOID = {"meta", "br", "img"}  # HTML tags that never close
