@@ -155,7 +155,7 @@ VAE, TEXT_ENCODER = f"diffusers/vae/{FILE}", "diffusers/text_encoder/model.safet
 T5, VAE_PTH = "original/models_t5_umt5-xxl-enc-bf16.pth", "original/Wan2.1_VAE.pth"
 TOKENIZER = "original/google/umt5-xxl"
 INDEX, NULL_TEXT = "shards/index.json", "shards/null_text.safetensors"
-SHARD, OTHER_SHARD = "shards/shard-0.safetensors", "shards/shard-1.safetensors"
+SHARD = "shards/shard.safetensors"
 WEIGHTS_INDEX = f"sharded/{FILE}.index.json"
 CHECKPOINT = "run/checkpoints/000001"
 STATE, SUMS = f"{CHECKPOINT}/state.json", f"{CHECKPOINT}/checksums-0.json"
@@ -252,15 +252,15 @@ BAD_INPUT = {
             ("betas (0.9,)", '{"betas": [0.9]}'), ("", "[" * 100_000))),
     ],
     "distill shards": [
-        (OTHER_SHARD, delete(OTHER_SHARD)),
+        (SHARD, delete(SHARD)),
         (INDEX, delete(INDEX)),
         (INDEX, write(INDEX, b"[]")),
         (INDEX, write(INDEX, b'{"shards": []}')),
-        (f"{INDEX} '../x'", replace(INDEX, "shard-1.safetensors", "../x")),
-        (f"{INDEX} 7", replace(INDEX, '"shard-1.safetensors"', "7")),
-        ("xxx.safetensors", replace(INDEX, "shard-1", "x" * 5000)),
-        (SHARD, replace(INDEX, '"count": 3', f'"count": {2**70}')),
-        (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 5, 4, 4])),
+        (f"{INDEX} '../x'", replace(INDEX, "shard.safetensors", "../x")),
+        (f"{INDEX} 7", replace(INDEX, '"shard.safetensors"', "7")),
+        ("xxx.safetensors", replace(INDEX, "shard.", "x" * 5000 + ".")),
+        (SHARD, replace(INDEX, '"count": 5', f'"count": {2**70}')),
+        (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 9, 8, 8])),
         (NULL_TEXT, write(NULL_TEXT, b"")),
         (f"{NULL_TEXT} finite", edit_tensors(
             NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),
@@ -268,8 +268,8 @@ BAD_INPUT = {
         (NULL_TEXT, write(NULL_TEXT, save({"null_text": torch.zeros(1, 2)}))),
         (SHARD, edit_tensors(SHARD, {"latents": None})),
         (f"{SHARD} finite", edit_tensors(
-            SHARD, {"latents": torch.full((3, 12, 5, 4, 4), NAN)})),
-        ("texts --lambda-reg", "--data @texts"),
+            SHARD, {"latents": torch.full((5, 12, 9, 8, 8), NAN)})),
+        ("texts --lambda-reg", "--model @diffusers --data @texts"),
     ],
     "resume": [
         ("k 3.0 7.0", "--k 7"),

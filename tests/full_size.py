@@ -6,6 +6,7 @@ The first call writes 3.5 GB to runs/wan-1.3b-random. The transformer and the VA
 the text encoder has only its width. For Linux, on the CPU.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 import adavid
 from tests import miniature_wan
-from tests.helpers import read_lines, write_shards
+from tests.helpers import read_lines
 from tiny_wan import PRESETS, WanModel, checkpoint
 
 FOLDER = Path("runs/wan-1.3b-random")
@@ -46,7 +48,7 @@ def main():
     print(f"sample.py, 9 frames of 128 x 192 in four decoupled steps: {seconds:.0f} s in all, "
           f"anonymous memory at most {peak / 1e9:.2f} GB ({peak / size:.2f} x the weights)\n{said}")
     shutil.rmtree(RUN, ignore_errors=True)
-    write_shards(SHARDS, (2,), (16, 3, 8, 12), 4096)
+    write_shards()
     seconds, peak, _ = measure(TRAIN)
     cycle = read_lines(RUN / "times.jsonl")[0]["seconds"]
     print(f"train.py, one cycle with LoRA of rank 16 in float32, of 9 frames of 64 x 96: "
@@ -67,6 +69,18 @@ def write():
     checkpoint.write(FOLDER, asdict(PRESETS["wan-1.3b"]), tensors,
                      metadata={"method": "none: random weights"})
     adavid.FrameInterpolator(16).save_pretrained(FOLDER / "interpolator.safetensors")
+
+
+def write_shards():
+    """Two random clips, as tools.encode writes them."""
+    SHARDS.mkdir(exist_ok=True)
+    shape = (16, 3, 8, 12)
+    save_file({"latents": torch.randn(2, *shape), "text": torch.randn(2, 9, 4096)},
+              SHARDS / "shard.safetensors", {"prompts": '["a cat", "a dog"]'})
+    save_file({"null_text": torch.randn(1, 9, 4096)}, SHARDS / "null_text.safetensors")
+    (SHARDS / "index.json").write_text(json.dumps({
+        "latent_shape": shape, "has_videos": True,
+        "shards": [{"file": "shard.safetensors", "count": 2}]}))
 
 
 def measure(command):

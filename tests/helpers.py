@@ -12,13 +12,13 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
 from adavid import AVDConfig, FrameInterpolator
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
+from runtime.data import write_toy_shards
 from tiny_wan import WanConfig, WanModel
 from tools import encode
 
@@ -127,26 +127,23 @@ def make_sharded(folder, inputs):
         folder, max_shard_size="200KB")
 
 
-def make_shards(folder, inputs):
-    """Training data for the toy: two shards, or for `texts` one without videos."""
-    counts = {"shards": (3, 2), "texts": (2,)}[folder.name]
-    write_shards(folder, counts, (12, 5, 4, 4), 15, has_videos=folder.name == "shards")
+def make_shards(folder, _):
+    write_toy_shards(folder, 0, 5)
 
 
-def write_shards(folder, counts, latent_shape, text_dim, has_videos=True):
-    """Random shards of so many samples each, as tools.encode writes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, count in enumerate(counts):
-        tensors = {"text": torch.randn(count, 5, text_dim)}
-        if has_videos:
-            tensors["latents"] = torch.randn(count, *latent_shape)
-        save_file(tensors, folder / f"shard-{i}.safetensors",
-                  {"prompts": json.dumps([f"clip {n}" for n in range(count)])})
-    save_file({"null_text": torch.randn(1, 5, text_dim)}, folder / "null_text.safetensors")
-    (folder / "index.json").write_text(json.dumps({
-        "latent_shape": latent_shape, "has_videos": has_videos,
-        "shards": [{"file": f"shard-{i}.safetensors", "count": count}
-                   for i, count in enumerate(counts)]}))
+def make_texts(folder, inputs):
+    """Prompts without videos, encoded by Wan."""
+    encode_to(folder, inputs, "--captions", inputs["prompts.txt"])
+
+
+def make_encoded(folder, inputs):
+    """Videos with captions, encoded by Wan."""
+    encode_to(folder, inputs, "--videos", inputs["clips"])
+
+
+def encode_to(folder, inputs, *flags):
+    args = ["--model", inputs["diffusers"], "--out", folder, *CLIP, *flags]
+    assert encode.main(list(map(str, args))) == 0
 
 
 def make_run(folder, inputs):
@@ -175,12 +172,6 @@ def write_clips(folder, count):
         (folder / f"{i:02}.txt").write_text(f"clip {i:02}")
 
 
-def make_encoded(folder, inputs):
-    """Those videos in shards."""
-    assert encode.main(["--model", str(inputs["diffusers"]), "--videos", str(inputs["clips"]),
-                        "--out", str(folder), *CLIP]) == 0
-
-
 def make_text(file, _):
     file.write_text(TEXTS[file.name])
 
@@ -194,7 +185,7 @@ TEXTS = {
 }
 MAKERS = {
     "toy": make_toy, "diffusers": make_wan, "original": make_wan, "sharded": make_sharded,
-    "shards": make_shards, "texts": make_shards, "run": make_run,
+    "shards": make_shards, "texts": make_texts, "run": make_run,
     "adapter.safetensors": make_adapter, "clips": make_clips, "encoded": make_encoded,
     **dict.fromkeys(TEXTS, make_text),
 }

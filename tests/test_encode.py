@@ -167,7 +167,7 @@ def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
     assert rows(tmp_path).keys() == rows(shards).keys() and len(Shards(tmp_path, 0).items) == 8
 
 
-def test_captions_come_from_a_file_without_a_benchmarks_prompts(wan, clips, tmp_path, capsys):
+def test_captions_come_from_a_file_without_a_benchmarks_prompts(wan, clips, tmp_path):
     entries = {"ok-0.mp4": "A cat walks on green grass, slowly", "ok-3.mp4": "a boat",
                "../ok.mp4": "outside", "gone.mp4": "gone", "more/ok-6.mp4": "a red bird",
                "x" * 5000: "a name that no disk can have", "ok-1.mp4": "no end " * 2000}
@@ -178,12 +178,12 @@ def test_captions_come_from_a_file_without_a_benchmarks_prompts(wan, clips, tmp_
     (tmp_path / "bench.txt").write_text("a cat walks on green grass\n“A boat…”\nbird\n")
     for file in (jsonl, table):
         out = tmp_path / file.suffix[1:]
-        capsys.readouterr()
         assert run(wan, out, "--videos", clips, "--captions", file,
                    "--exclude-prompts", tmp_path / "bench.txt") == 0
-        said = capsys.readouterr().out
-        assert "2: its caption is among the excluded prompts" in said
-        assert "3: no such file in the folder" in said and "1: its caption has more than" in said
+        skipped = {e["video"]: e["reason"] for e in read_lines(out / "skipped.jsonl")}
+        assert "characters" in skipped["ok-1.mp4"] and len(skipped) == 16
+        assert skipped["ok-0.mp4"] == skipped["ok-3.mp4"] and "excluded" in skipped["ok-0.mp4"]
+        assert skipped["../ok.mp4"] == skipped["gone.mp4"] == skipped["x" * 5000]
         assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}
 
 

@@ -266,8 +266,7 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
     assert result.stderr.count("must be a folder that all nodes share") == 2
 
 
-def test_a_rank_that_dies_ends_the_other_and_torchrun_resumes_both(whole, toy_folder, tmp_path):
-    (tmp_path / "die.py").write_text("""
+DIE = """
 import os, signal, sys, train
 from runtime import run
 means, steps = run.all_reduce_mean, []
@@ -279,13 +278,24 @@ def dying(metrics):
     return means(metrics)
 run.all_reduce_mean = dying
 sys.exit(train.main(sys.argv[1:]))
-""")
+"""
+
+
+def test_a_rank_that_dies_is_named_and_ends_the_other(toy_folder, tmp_path):
+    (tmp_path / "die.py").write_text(DIE)
     began = time.perf_counter()
+    result = on_two_ranks(toy_folder, "run", script="die.py", cwd=tmp_path)
+    assert result.returncode and time.perf_counter() - began < 60
+    assert result.stderr.count("error: the connection to another rank broke") == 1
+    assert "rank      : 1" in result.stderr and "SIGKILL" in result.stderr
+
+
+def test_torchrun_restarts_all_ranks_and_they_resume_to_the_same_bits(whole, toy_folder, tmp_path):
+    (tmp_path / "die.py").write_text(DIE)
     result = on_two_ranks(toy_folder, "run", *EACH_STEP, script="die.py", cwd=tmp_path,
                           launcher=["--max-restarts", 1])
-    assert result.returncode == 0 and time.perf_counter() - began < 90, result.stderr
+    assert result.returncode == 0, result.stderr
     assert result.stderr.count("error: the connection to another rank broke") == 1
-    assert "failed (exitcode: -9) local_rank: 1" in result.stderr
     assert equal(saved(whole[2]), saved(tmp_path / "run"))
     logs = [(out / "metrics.jsonl").read_text() for out in (whole[2], tmp_path / "run")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
