@@ -60,7 +60,7 @@ class Torture:
     """of all random moments and damages"""
     kills: int = 20
     """how often to kill each stage's run"""
-    files: int = 2000
+    files: int = 1500
     """how many damaged files to read"""
     workers: int = 2
     """how many readers at a time"""
