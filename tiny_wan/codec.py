@@ -166,28 +166,26 @@ class WanCodec(Codec):
         with loading(self.parts["VAE"]):
             vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
             check_finite(vae)
+            # Of each latent channel, both `[16, 1, 1, 1]`.
+            self.mean, self.std = (
+                torch.tensor(numbers, device=self.device).view(self.channels, 1, 1, 1)
+                for numbers in (vae.config.latents_mean, vae.config.latents_std))
         if self.tiling:
             vae.enable_tiling()
         return vae
 
-    def statistics(self):
-        """Mean and standard deviation of each latent channel, both `[16, 1, 1, 1]`."""
-        return (torch.tensor(numbers, device=self.device).view(-1, 1, 1, 1) for numbers in
-                (self.vae.config.latents_mean, self.vae.config.latents_std))
-
     @torch.no_grad()
     def encode(self, video):
         """RGB videos in [0, 1] `[b, 3, 4f-3, 8h, 8w]` -> normalised latents `[b, 16, f, h, w]`."""
-        mean, std = self.statistics()
         latents = [self.vae.encode(2 * v[None].to(self.device) - 1).latent_dist.mode()
                    for v in video.float()]
-        return (torch.cat(latents) - mean) / std
+        return (torch.cat(latents) - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
         """Normalised latents -> RGB videos in [0, 1]. Decodes one at a time, to save memory."""
-        mean, std = self.statistics()
-        videos = [self.vae.decode(x[None].to(self.device) * std + mean).sample
+        vae = self.vae  # which loads the statistics as well
+        videos = [vae.decode(x[None].to(self.device) * self.std + self.mean).sample
                   for x in latents.float()]
         return (torch.cat(videos) / 2 + 0.5).clamp(0, 1)
 
@@ -281,6 +279,7 @@ def load_vae(path):
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     if path.is_dir():
+        checkpoint.read_json(path / "config.json")  # diffusers would look on the hub for a string
         return complete(*AutoencoderKLWan.from_pretrained(
             path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True))
     tensors = convert_wan_vae_to_diffusers(read_pth(path))
