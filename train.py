@@ -159,9 +159,9 @@ def main(argv=None):
 # The teacher: flow matching on real videos
 # ---------------------------------------------------------------------------------------------
 
-DROP_PROMPT, DROP_MOTION = 0.1, 0.4  # shares of prompts left empty, and cut to what moves
+DROP_PROMPT, DROP_MOTION = 0.1, 0.4  # shares of prompts left empty, and cut to their colour
 TEACHER_SHIFT = 8.0  # most timesteps fall at high noise, where a video's motion is decided
-SIGMA_FLOOR = 0.3  # below it the loss is that of x0: a tiny network would drown in faint noise
+SIGMA_FLOOR = 0.3  # below this sigma errors weigh less: faint noise is too hard for a tiny net
 TEACHER_EMA = 0.999  # decay of the averaged weights, which are the ones that are kept
 # What students of the toy use instead of the paper's numbers; stored with the teacher's weights.
 TOY_NUMBERS = AVDConfig(guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0, 0.99))
@@ -201,7 +201,7 @@ def train_teacher(args):
             loss.backward()
             lr = learning_rate(args, step)
             muon.param_groups[0]["lr"] = adamw.param_groups[0]["lr"] = lr
-            norm = clip_and_step(model, (muon, adamw), 1.0, loss.item())
+            norm = clip_and_step(model, (muon, adamw), max_norm=1.0, loss=loss.item())
             if math.isfinite(norm):
                 decay = min(TEACHER_EMA, (step + 1) / (step + 30))  # smaller at first
                 with torch.no_grad():
@@ -226,10 +226,10 @@ def train_teacher(args):
 
 
 def drop_words(prompt, u):
-    """The prompt, or by the random number `u` in [0, 1] nothing of it, or its motion left open.
+    """The prompt or, depending on the random `u` in [0, 1], an empty one or one without motion.
 
-    The empty prompt is what guidance contrasts with. Where words say nothing of the motion, the
-    network must read it off the other frames.
+    Guidance contrasts with the empty prompt. Where the prompt leaves the motion open, the network
+    must learn to read it from the other frames.
     """
     if u < DROP_PROMPT:
         return ""
@@ -261,7 +261,7 @@ def train_interpolator(args):
             loss = adavid.interpolation_loss(model, x0)
             loss.backward()
             optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
-            norm = clip_and_step(model, [optimizer], 1.0, loss.item())
+            norm = clip_and_step(model, [optimizer], max_norm=1.0, loss=loss.item())
 
             mean = (x0[:, :, :-2:2] + x0[:, :, 2::2]) / 2  # what the untrained UNet returns
             run.log(step, {"loss": loss.item(), "grad_norm": norm, "lr": lr,
@@ -315,8 +315,8 @@ def distill(args):
     state |= {"ema": averaged} if args.ema else {}
     with Run(args, state) as run:
         for cycle in run.steps():
-            # Each update of the critic has batches of its own, but for the first of a cycle, which
-            # shares the student's. With --one-rollout, all of a cycle's updates share them.
+            # Each critic update has batches of its own, except for the first one of a cycle, which
+            # uses the student's. With --one-rollout, all of a cycle's updates use these.
             first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
             metrics, videos = update_student(args, models, student_optimizer, cache, null_text,
                                              load_batches(args, fetch, first, device))
