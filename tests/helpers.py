@@ -40,7 +40,7 @@ def distill(model, out, *flags, steps=2, batch_size=2):
 def torchrun(*args, cwd=ROOT):
     """Run two ranks to the end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, timeout=120,
+    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, timeout=200,
                           capture_output=True, text=True)
 
 
@@ -162,12 +162,12 @@ def make_clips(folder, _):
     write_clips(folder, 4)
 
 
-def write_clips(folder, count):
-    """Videos of 6 frames of noise, each with a caption in a text file beside it."""
+def write_clips(folder, count, frames=6):
+    """Videos of noise, each with a caption in a text file beside it."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
-        video = rng.integers(0, 255, (6, 32, 48, 3), dtype=np.uint8)
+        video = rng.integers(0, 255, (frames, 32, 48, 3), dtype=np.uint8)
         iio.imwrite(folder / f"{i:02}.mp4", video, fps=16, codec="libx264", macro_block_size=2)
         (folder / f"{i:02}.txt").write_text(f"clip {i:02}")
 

@@ -1,6 +1,7 @@
 """The ablation on a small scale: what it trains, measures, keeps and concludes."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ import adavid
 import train
 from runtime.data import Shards
 from tests.helpers import complaint, read_lines
-from tests.test_demo import tags_of_page_that_stands_alone
+from tests.test_demo import pictures_of_page_that_stands_alone
 from tiny_wan import ToyCodec, world
 from tools import ablation, demo, page
 
@@ -43,12 +44,8 @@ real = { title = "real videos", sampler = "real" }
 teacher = { title = "teacher", steps = 2 }
 dmd = { title = "DMD", student = "dmd", strides = [1, 1, 1, 1] }
 avd = { title = "AVD", student = "avd" }
-renumbered = { title = "AVD <renumbered>", student = "avd", renumbered = true }
+renumbered = { title = "AVD, renumbered", student = "avd", renumbered = true }
 mean = { title = "AVD, plain mean", student = "avd", interpolator = "mean", seeds = 1 }
-
-[summary]
-rows = ["real", "avd"]
-columns = ["instance"]
 
 [[questions]]
 asks = "Which loss cures what?"
@@ -67,8 +64,7 @@ answer = "Where they were."
 
 [[claims]]
 says = "DMD oversaturates"
-tests = [{ row = "dmd", against = "real", column = "saturation", sign = 1 },
-         { row = "real", against = "dmd", column = "saturation", sign = 1, when = "it is <not>" }]
+tests = [{ row = "dmd", against = "real", column = "saturation", sign = 1 }]
 """
 
 
@@ -82,42 +78,30 @@ def folder(tmp_path_factory):
     """A whole ablation, after one update of each student."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "conditions.toml").write_text(CONDITIONS)
-    (folder / "docs").mkdir()
-    (folder / "README.md").write_text("# Toy\n<!-- results -->\nold\n<!-- end -->\n")
-    (folder / "docs" / "results.md").write_text("".join(
-        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("table", "claims", "answers")))
     assert ablation.main(flags(folder)) == 0
     return folder
 
 
+def measurements(folder):
+    lines = read_lines(folder / "docs" / "measurements.jsonl")
+    return {(line["row"], line["seed"]): line for line in lines}
+
+
 def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(folder, tmp_path):
-    file = folder / "docs" / "measurements.jsonl"
-    lines = {(line["row"], line["seed"]): line for line in read_lines(file)}
-    assert len(file.read_text().splitlines()) == len(lines) == 11
+    lines = measurements(folder)
     assert lines.keys() == {(row, seed) for row in (
         "real", "teacher", "dmd", "avd", "renumbered", "mean") for seed in (0, 1)} - {("mean", 1)}
     assert all(len(line["scores"]["instance"]) == 12 for line in lines.values())
     assert len({tuple(line["scores"]["flicker"]) for line in lines.values()}) == len(lines)
-    assert lines["real", 0]["frechet"] == pytest.approx(0, abs=1e-9)
-    assert lines["teacher", 0]["gflops"] == pytest.approx(
-        lines["dmd", 0]["gflops"], rel=1e-3)  # two guided steps are four forwards
     assert lines["avd", 0]["gflops"] < 0.9 * lines["dmd", 0]["gflops"]
     assert lines["avd", 0]["weights"]["cut"][0] < 0.5
-
-    measured = ablation.Measurements(ablation.read_conditions(folder / "conditions.toml"), file)
-    for column in ablation.COLUMNS:
-        if column.startswith(("reg_std", "weight")):
-            continue  # batches of two videos do not fill them
-        mean, low, high = measured.interval(column, "mean", "avd")  # over the seed that both have
-        assert low < high or mean == pytest.approx(0, abs=1e-9) or column not in ablation.RELATIVE
 
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "out")
     (copy / "conditions.toml").write_text(CONDITIONS.replace("steps = 2", "steps = 1"))
     assert ablation.main(flags(copy)) == 0  # measures the teacher again, and trains nothing
     assert not list((copy / "out").iterdir())
-    again = {(line["row"], line["seed"]): line
-             for line in read_lines(copy / "docs" / "measurements.jsonl")}
+    again = measurements(copy)
     assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
 
 
@@ -163,10 +147,6 @@ def test_each_kind_of_spoilt_video_is_what_its_name_says(kind):
 
 
 def test_the_frechet_distance_is_that_of_normal_distributions(monkeypatch):
-    (real, _), (other, _) = (world.make(seed, range(500)) for seed in (0, 1))
-    assert ablation.frechet(real, real) == pytest.approx(0, abs=1e-9)
-    assert 0 < ablation.frechet(other, real) < 0.3  # what chance makes of 500 videos
-
     size = len(ablation.READINGS)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(size, 500, generator=g).double()
@@ -224,25 +204,7 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     assert says(up | {"sign": 0, "margin": 0.03})[0] == "reproduced"
     assert says(up | {"sign": 0, "margin": 0.01})[0] == "not reproduced"
     told = ablation.told(table, "{saturation b a}, {saturation a b}, {saturation a a}")
-    rises, falls, stays = told.split(", ")
-    assert rises.startswith("saturation rises by 0.0") and falls == rises.replace("rises", "falls")
-    assert stays == "saturation does not change measurably (+0.000)"
-
-
-def test_the_pages_have_the_tables_and_html_stands_alone(folder):
-    text = (folder / "docs" / "results.html").read_text(encoding="utf-8")
-    tags = tags_of_page_that_stands_alone(text)
-    assert tags.count("img") in range(8, 33) and tags.count("svg") == 2 and tags.count("table") == 5
-    assert "reproduced" in text and "AVD &lt;renumbered&gt;" in text and "<renumbered>" not in text
-    assert (folder / "docs" / "figures" / "ablation.png").stat().st_size > 5000
-    readme, results = ((folder / file).read_text(encoding="utf-8")
-                       for file in ("README.md", "docs/results.md"))
-    assert readme.startswith("# Toy\n") and "old" not in readme + results
-    assert "| real videos | 1.000" in readme and "\n\n- DMD oversaturates: " in readme
-    heads = [line.split(" | ")[0] for line in results.splitlines()]
-    assert heads[2:9] == [
-        "| ", "|---|---|---|", "| real videos", "| teacher", "| DMD", "| AVD", "| AVD − DMD"]
-    assert "- **Which loss cures what?** None: GFLOPs rises by 0." in results
+    assert re.findall("rises|falls|does not change", told) == ["rises", "falls", "does not change"]
 
 
 def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -252,8 +214,7 @@ def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch)
     lines = read_lines(Path("runs/ablation-quick/measurements.jsonl"))
     assert {(line["row"], line["seed"], len(line["scores"]["prompt"])) for line in lines} == {
         (row, 0, 64) for row in ("real", "teacher", "dmd", "avd")}
-    text = (tmp_path / "runs" / "ablation-quick" / "results.html").read_text(encoding="utf-8")
-    assert tags_of_page_that_stands_alone(text).count("img") == 4 * 8
+    assert pictures_of_page_that_stands_alone(Path("runs/ablation-quick/results.html")) == 4 * 8
 
 
 # --- what is committed -------------------------------------------------------------------------
@@ -284,21 +245,9 @@ def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops(committed):
     assert teacher > 30 * avd
 
 
-def test_the_conditions_name_what_there_is(committed):
-    conditions = committed.conditions
-    students, rows, data = (conditions[part] for part in ("students", "rows", "data"))
-    assert {row["student"] for row in rows.values() if "student" in row} == set(students)
-    assert {student["data"] for student in students.values() if "data" in student} == set(data)
-    assert all("title" in row for row in rows.values())
-    assert {train.GRID_SEED, demo.DEMO_SEED} <= set(conditions["taken"])
-    questions, tests = conditions["questions"], sum((c["tests"] for c in conditions["claims"]), [])
-    named = [row for q in questions for row in sum(q.get("differences", []), q["rows"])]
-    assert {*named, *(test[side] for test in tests for side in ("row", "against"))} == set(rows)
-    assert set(conditions["summary"]["rows"]) <= set(rows)
-    columns = [column for q in questions for column in (*q["columns"], *q["plots"])]
-    columns += [*conditions["summary"]["columns"], *(test["column"] for test in tests)]
-    assert set(columns) <= set(ablation.COLUMNS)
-    for student in students.values():
+def test_the_conditions_are_flags_of_train_and_share_no_random_stream(committed):
+    assert {train.GRID_SEED, demo.DEMO_SEED} <= set(committed.conditions["taken"])
+    for student in committed.conditions["students"].values():
         tyro.cli(train.Distill, args=["--out", "x", *shlex.split(student.get("flags", ""))])
 
 

@@ -1,8 +1,6 @@
 """What the benchmark counts and times, and the blocks of docs/costs.md."""
 
 import json
-import subprocess
-from functools import partial
 
 import pytest
 import torch
@@ -70,13 +68,6 @@ def test_a_part_replaces_its_own_figures(tmp_path, monkeypatch, capsys):
     assert "nosuch" in complaint(capsys, bench.main(["--parts", "nosuch"]))
 
 
-def test_medians_are_of_runs_in_turn_after_a_warm_up(monkeypatch):
-    log = []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: len(log) ** 2)
-    calls = {name: partial(log.append, name) for name in "ab"}
-    assert bench.in_turn(calls, runs=3) == {"a": 9, "b": 11} and log == list("abababab")
-
-
 def test_what_is_outside_matrix_products_is_a_share_of_the_time():
     x = torch.randn(512, 512)
     product, sine = bench.profiled(lambda: x @ x), bench.profiled(lambda: x.sin())
@@ -88,22 +79,3 @@ def test_the_gpu_check_says_that_there_is_no_gpu(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert "no NVIDIA or AMD GPU" in complaint(capsys, gpu_check.main([]))
-
-
-def test_the_gpu_check_prints_one_block(monkeypatch, capsys):
-    def run(command, **_):
-        said, code = "first\nlast", 0
-        if "kernels.bench" in command:
-            said = "target sm_90\noperation temporal_variance way triton ms 0.5\n{}"
-        elif "train.py" in command:
-            said, code = "error: no", 2
-        return subprocess.CompletedProcess(command, code, said)
-
-    monkeypatch.setattr(gpu_check.subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert gpu_check.main([]) == 1
-    said = capsys.readouterr().out
-    assert said.startswith("```\na GPU, torch ") and said.endswith("FAILED\nerror: no\n```\n")
-    assert "\nlast\n" in said and "kernels.bench\noperation temporal_variance way tri" in said
-    assert "sm_90" not in said

@@ -3,8 +3,6 @@
 Commands run word for word, but on a miniature of Wan2.1, for two steps, and on CPUs.
 """
 
-import json
-import os
 import re
 import shlex
 import shutil
@@ -12,17 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
-import torch
 
 import sample
 import train
 from tests import miniature_wan
-from tiny_wan import WanModel
+from tests.helpers import ROOT, read_lines, torchrun, write_clips
 from tools import ablation, bench, demo, encode, export, gpu_check, plan
 
-ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 TRAINING, WAN = ROOT / "docs" / "training.md", ROOT / "docs" / "wan.md"
 PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,24 +57,16 @@ def run(line, small=SMALL):
         if words[0] == "cp":
             shutil.copy(*words[1:])
         return None
-    start, args = words[:words.index(program)], words[words.index(program) + 1:]
+    start, args = words[1:words.index(program)], words[words.index(program) + 1:]
     args += small.get(program, [])
     if words[0] == "python":
         assert PROGRAMS[program](args) == 0, line
-    else:
-        torchrun(start, program, args)
+    else:  # on two CPUs, however many GPUs and nodes the docs name
+        here = {"8": "2", "3": "1", "HOST:29500": "localhost:0"}
+        start = [here.get(word, word) for word in start]
+        result = torchrun(*start, ROOT / program, *args, cwd=".")
+        assert result.returncode == 0, (line, result.stderr)
     return program
-
-
-def torchrun(start, program, args):
-    """Two processes on this machine, however many GPUs and nodes the docs name."""
-    here = {"8": "2", "3": "1", "HOST:29500": "localhost:0"}
-    start = [here.get(word, word) for word in start[1:]]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *start, str(ROOT / program), *args],
-        env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, (args, result.stderr)
 
 
 def run_python(code):
@@ -101,40 +88,20 @@ def run_python(code):
 
 
 def test_the_wan_page_runs_from_videos_to_a_student_in_stock_diffusers(
-        tmp_path, monkeypatch, capsys):
+        inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     miniature_wan.make("Wan2.1-T2V-1.3B", "original")
     miniature_wan.make("Wan2.1-T2V-1.3B-Diffusers", "diffusers")
-    Path("prompts.txt").write_text("a dog runs\na bird flies\n")
-    Path("clips").mkdir()
-    with open("captions.jsonl", "w") as file:
-        for i, caption in enumerate(["a fish", "A dog runs.", "a car", "a boat", "a tree"]):
-            rows = torch.arange(32).view(1, 32, 1, 1) * (i + 2)
-            video = (rows + 5 * torch.arange(20).view(20, 1, 1, 1)) % 256
-            iio.imwrite(f"clips/{i}.mp4", video.expand(20, 32, 48, 3).byte().numpy(), fps=16)
-            print(json.dumps({"video": f"{i}.mp4", "caption": caption}), file=file)
-
+    write_clips(Path("clips"), 4, frames=17)
+    for file in ("prompts.txt", "captions.jsonl"):
+        shutil.copy(inputs[file], file)
     for line in commands(WAN):
-        program = run(re.sub(r"--accumulate \d+", "--accumulate 1", line))
+        run(re.sub(r"--accumulate \d+", "--accumulate 1", line))
         said = capsys.readouterr().out
-        if program == "tools.encode":
-            assert "4 encoded" in said and "1: its caption" in said
-        elif "--memory 12" in line:
-            assert "fits 12 GB" in said
-
+        assert "--memory 12" not in line or "fits 12 GB" in said
     for name in ("lora", "student", "three-nodes"):
-        log = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
-        assert len(log) == 2 and "saturation" in json.loads(log[-1])
-    assert WanModel.from_pretrained("runs/merged").config == WanModel.from_pretrained(
-        "runs/student").config
+        assert "saturation" in read_lines(Path(f"runs/{name}/metrics.jsonl"))[-1]
     assert Path("runs/student/interpolator.safetensors").exists()
-    video = iio.imread("runs/samples/A cat walks on the grass, realistic-0.mp4")
-    assert video.shape == (17, 256, 384, 3)
-    assert sorted(p.name for p in Path("runs/vbench").glob("*.mp4")) == [
-        f"{prompt}-{i}.mp4" for prompt in ("a bird flies", "a dog runs") for i in range(5)]
-    for file in ("transformer/config.json", "scheduler/scheduler_config.json",
-                 "interpolator.safetensors"):
-        assert Path("runs/exported", file).exists()
     stock, ours = blocks(WAN, "python")
     shapes = run_python(f"{stock}\nprint(*video.shape)\n{ours}\nprint(*latents.shape)")
     assert shapes[-2:] == ["5 32 48 3", "1 16 3 4 6"]
@@ -152,7 +119,7 @@ def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path,
         run(line.replace("--steps 50", "--steps 2"), small)
     assert {p.name for p in Path("runs").iterdir()} == set(re.findall(r"--out runs/(\S+)", page))
     for log in Path("runs").glob("*/metrics.jsonl"):
-        for name in json.loads(log.read_text().splitlines()[-1]):
+        for name in read_lines(log)[-1]:
             name = re.sub(r"_(1000|900|757|522)$", "_T", name)
             assert name == "step" or f"`{name}`" in page, f"{name} is not in docs/training.md"
     for file in re.findall(r"`(.*?)`", re.search(r"that they produce \((.*?)\)", page)[1]):
