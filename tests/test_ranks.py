@@ -1,7 +1,6 @@
 """Several ranks, accumulation, LoRA and averaged weights against one plain process."""
 
 import shutil
-import time
 
 import pytest
 import torch
@@ -117,8 +116,6 @@ def test_a_student_may_start_elsewhere(whole, toy_folder, tmp_path):
     trained(toy_folder, tmp_path, "--init-student", whole[1], "--lr", 0, steps=1)
     start = WanModel.from_pretrained(whole[1]).state_dict()
     assert equal(start, WanModel.from_pretrained(tmp_path).state_dict())
-    tensors = saved(tmp_path)
-    assert all(torch.equal(p, tensors["student." + name]) for name, p in start.items())
 
 
 def test_recomputed_blocks_change_nothing(whole, toy_folder, tmp_path):
@@ -266,7 +263,8 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
     assert result.stderr.count("must be a folder that all nodes share") == 2
 
 
-DIE = """
+def test_torchrun_names_a_dead_rank_and_restarts_all_to_the_same_bits(whole, toy_folder, tmp_path):
+    (tmp_path / "die.py").write_text("""
 import os, signal, sys, train
 from runtime import run
 means, steps = run.all_reduce_mean, []
@@ -278,24 +276,12 @@ def dying(metrics):
     return means(metrics)
 run.all_reduce_mean = dying
 sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def test_a_rank_that_dies_is_named_and_ends_the_other(toy_folder, tmp_path):
-    (tmp_path / "die.py").write_text(DIE)
-    began = time.perf_counter()
-    result = on_two_ranks(toy_folder, "run", script="die.py", cwd=tmp_path)
-    assert result.returncode and time.perf_counter() - began < 60
-    assert result.stderr.count("error: the connection to another rank broke") == 1
-    assert "rank      : 1" in result.stderr and "SIGKILL" in result.stderr
-
-
-def test_torchrun_restarts_all_ranks_and_they_resume_to_the_same_bits(whole, toy_folder, tmp_path):
-    (tmp_path / "die.py").write_text(DIE)
+""")
     result = on_two_ranks(toy_folder, "run", *EACH_STEP, script="die.py", cwd=tmp_path,
                           launcher=["--max-restarts", 1])
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("error: the connection to another rank broke") == 1
+    assert "(exitcode: -9) local_rank: 1" in result.stderr
     assert equal(saved(whole[2]), saved(tmp_path / "run"))
     logs = [(out / "metrics.jsonl").read_text() for out in (whole[2], tmp_path / "run")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
