@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.data import Prefetch, Shards
+from runtime.data import Shards
 from tests.helpers import CLIP, complaint, distill, read_lines, torchrun
 from tiny_wan import WanCodec, checkpoint, codec
 from tools import encode
@@ -244,12 +244,3 @@ def test_a_vae_that_fails_costs_only_the_pictures(wan, shards, tmp_path, monkeyp
     assert distill(wan, tmp_path / "b", "--data", shards, steps=1, batch_size=1) == 0
     assert "not written (out of memory)" in capsys.readouterr().out
     assert (tmp_path / "b" / "diffusion_pytorch_model.safetensors").exists()
-
-
-def test_prefetching_gives_what_loading_gives():
-    loads = []
-    fetch = Prefetch(lambda i: loads.append(i) or (i * i if i < 5 else 1 / 0))
-    assert [fetch(i) for i in (0, 1, 2, 4)] == [0, 1, 4, 16] and fetch.waited >= 0
-    with pytest.raises(ZeroDivisionError):
-        fetch(5)
-    assert loads.count(1) == loads.count(2) == 1

@@ -114,14 +114,6 @@ def test_videos_are_encoded_and_decoded_as_diffusers_does(pipe, folder):
     torch.testing.assert_close(codec.decode(ours), decoded, atol=1e-5, rtol=0)
 
 
-def test_tiled_decoding_keeps_the_pictures_size(wan):
-    codecs = [open_codec(wan, WanConfig.from_pretrained(wan), tiling=t) for t in (False, True)]
-    x = torch.randn(1, 16, 1, 34, 34, generator=torch.Generator().manual_seed(0))
-    whole, tiles = (codec.decode(x) for codec in codecs)
-    assert whole.shape == tiles.shape == (1, 3, 1, 272, 272)
-    assert not torch.equal(whole, tiles)
-
-
 def test_bf16_samples_nearly_as_float32_does(wan, tmp_path):
     args = [PROMPT, "--teacher", "--model", wan, *SIZE, "--steps", "3"]
     exact = latents(tmp_path, *args)

@@ -184,9 +184,7 @@ def test_tables_name_the_smallest_card_that_fits(known_cycle, tmp_path, monkeypa
     (["distill", "--gpus", "0"], "--gpus 0"),
     (["distill", "--lora", "-1"], "--lora -1"),
     (["distill", "--frames", "80"], "73 and 81"),
-    (["sample", "--width", "100"], "96 and 112"),
     (["sample", "--utilisation", "40"], "--utilisation 40"),
-    (["sample", "--batch-size", "0"], "--batch-size 0"),
 ])
 def test_bad_flags_end_in_one_line(flags, complaint, capsys):
     assert plan.main(flags) == 2

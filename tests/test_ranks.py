@@ -176,26 +176,16 @@ def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder)
 
 
 def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder):
-    g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(1, 12, 3, 8, 8, generator=g), torch.tensor([757.0])
-    text, runs = torch.randn(1, 3, 15, generator=g), []
-    for dtype in (torch.float32, torch.bfloat16):
-        base, g = WanModel.from_pretrained(toy_folder, dtype), g.manual_seed(0)
-        _, student = lora.add_adapters(base, 4, ("student",))
-        seen = set()
-        for name, layer in base.named_modules():
-            if name.endswith("lora_A.student"):
-                layer.register_forward_hook(
-                    lambda _, inputs, out: seen.add((inputs[0].dtype, out.dtype)))
-        for p in student.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=g)
-        v = student(x, t, text)
-        v.square().mean().backward()
-        assert seen == {(dtype, dtype)}
-        assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
-        runs.append((v, torch.cat([p.grad.flatten() for p in student.parameters()])))
-    for exact, rounded in zip(*runs):
-        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    base, seen = WanModel.from_pretrained(toy_folder, torch.bfloat16), set()
+    _, student = lora.add_adapters(base, 4, ("student",))
+    for name, layer in base.named_modules():
+        if name.endswith("lora_A.student"):
+            layer.register_forward_hook(
+                lambda _, inputs, out: seen.add((inputs[0].dtype, out.dtype)))
+    v = student(torch.randn(1, 12, 3, 8, 8), torch.tensor([757.0]), torch.randn(1, 3, 15))
+    v.square().mean().backward()
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
 
 
 def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):

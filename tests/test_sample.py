@@ -16,7 +16,7 @@ def latents(out):
     return load_file(out / "latents.safetensors")["latents"]
 
 
-def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys):
+def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a blue ball\n\na green ball moving up\n")
     assert run(toy_folder, tmp_path / "out", "a red ball", "--prompts-file", str(file)) == 0
@@ -25,8 +25,6 @@ def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys)
                      "contact_sheet.png"]
     assert iio.imread(tmp_path / "out" / "a red ball-0.mp4").shape == (9, 256, 256, 3)
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 64, 9 * 64, 3)
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("load: ", "denoise: ", "decode and write: "))
 
 
 def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
