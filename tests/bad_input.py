@@ -177,7 +177,6 @@ BAD_INPUT = {
         ("'purple'", write("prompts.txt", b"a purple ball\n")),
     ],
     "sample diffusers": [
-        ("diffusers", delete("diffusers/transformer")),
         (f"{WAN} safetensors", cut(WAN, -9)),
         (f"{WAN} '{HEAD}' 'odd'", edit_tensors(WAN, {HEAD: None, "odd": torch.zeros(64)})),
         (f"{WAN} '{HEAD}' [3] [64]", edit_tensors(WAN, {HEAD: torch.zeros(3)})),
@@ -231,17 +230,15 @@ BAD_INPUT = {
     "distill": [
         ("--kk", "--kk 3"),
         ("strides", "--strides 1 2 1 1"),
-        ("--ema 2", "--ema 2"),
         ("--lora -4", "--lora -4"),
         ("--lora --ema", "--lora 4 --ema 0.9"),
         ("nowhere", "--model nowhere"),
-        (TOY, write(TOY, b"not a model")),
         ("toy 12 16", "--model @diffusers"),
         ("--out toy", "--out toy"),
         ("out", write("out", b"")),
         *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
             ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
-            ("timesteps ()", '{"timesteps": []}'), ("", "[" * 100_000))),
+            ("", "[" * 100_000))),
     ],
     "distill shards": [
         (SHARD, delete(SHARD)),

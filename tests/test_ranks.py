@@ -95,9 +95,11 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(before, after, first, w
         assert torch.equal(p, tensors["student." + name])
 
 
-def test_two_accumulated_batches_are_one_of_twice_the_size(whole, toy_folder, tmp_path):
-    two = trained(toy_folder, tmp_path, "--accumulate", 2, batch_size=1)
-    assert agree(whole[1], two, toy_folder)
+@pytest.mark.parametrize("flags, batch_size", [
+    (("--accumulate", 2), 1), (("--gradient-checkpointing", True), 2)])
+def test_accumulation_and_recomputed_blocks_change_nothing(
+        flags, batch_size, whole, toy_folder, tmp_path):
+    assert agree(whole[1], trained(toy_folder, tmp_path, *flags, batch_size=batch_size), toy_folder)
 
 
 def test_averaged_weights_follow_the_students(whole, toy_folder, tmp_path):
@@ -116,11 +118,6 @@ def test_a_student_may_start_elsewhere(whole, toy_folder, tmp_path):
     trained(toy_folder, tmp_path, "--init-student", whole[1], "--lr", 0, steps=1)
     start = WanModel.from_pretrained(whole[1]).state_dict()
     assert equal(start, WanModel.from_pretrained(tmp_path).state_dict())
-
-
-def test_recomputed_blocks_change_nothing(whole, toy_folder, tmp_path):
-    trained(toy_folder, tmp_path, "--gradient-checkpointing", True)
-    assert agree(whole[1], tmp_path, toy_folder)
 
 
 def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
