@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,9 +335,14 @@ VALUES = r"num_heads|text_len|prompt ['\"]|skipped\.jsonl"
 def damage_files(args, inputs):
     """Read `args.files` damaged files: what went wrong."""
     outcomes, failures, worst = defaultdict(Counter), [], 0
-    for number in tqdm(range(args.files), "files"):
-        reader, folder, file, pid = start_reading(args.seed, number, inputs)
-        code, peak = wait(pid, LIMIT_SECONDS)
+    numbers, running = iter(tqdm(range(args.files), "files")), deque()
+    while True:
+        while len(running) < 2 and (number := next(numbers, None)) is not None:
+            running.append(start_reading(args.seed, number, inputs))
+        if not running:
+            break
+        reader, folder, file, began, pid = running.popleft()
+        code, peak = wait(pid, began + LIMIT_SECONDS - time.monotonic())
         said = (folder / "log").read_text(errors="replace")
         problem = judge(file.relative_to(folder), code, peak, said)
         if problem:
@@ -365,7 +370,7 @@ def start_reading(seed, number, inputs):
         os.chdir(folder)
         return READERS[reader].program(argv)
 
-    return reader, folder, file, fork(read, argv, folder / "log")
+    return reader, folder, file, time.monotonic(), fork(read, argv, folder / "log")
 
 
 def judge(file, code, peak, said):
