@@ -152,19 +152,17 @@ TOY, INTERPOLATOR = f"toy/{FILE}", "toy/interpolator.safetensors"
 WAN, CONFIG = f"diffusers/transformer/{FILE}", "diffusers/transformer/config.json"
 HEAD, CONV, NORM = "proj_out.bias", "decoder.conv_in.bias", "encoder.final_layer_norm.weight"
 VAE, TEXT_ENCODER = f"diffusers/vae/{FILE}", "diffusers/text_encoder/model.safetensors"
-T5, VAE_PTH = "original/models_t5_umt5-xxl-enc-bf16.pth", "original/Wan2.1_VAE.pth"
-TOKENIZER = "original/google/umt5-xxl"
+VAE_PTH, TOKENIZER = "original/Wan2.1_VAE.pth", "original/google/umt5-xxl"
 INDEX, NULL_TEXT = "shards/index.json", "shards/null_text.safetensors"
 SHARD = "shards/shard.safetensors"
 WEIGHTS_INDEX = f"sharded/{FILE}.index.json"
 CHECKPOINT = "run/checkpoints/000001"
-STATE, SUMS = f"{CHECKPOINT}/state.json", f"{CHECKPOINT}/checksums-0.json"
+SUMS = f"{CHECKPOINT}/checksums-0.json"
 UP, DOWN = (f"transformer.blocks.0.ffn.net.2.lora_{part}.weight" for part in "BA")
 
 BAD_INPUT = {
     "sample nothing": [("prompts",)],
     "sample": [
-        ("--steps 'x'", "--steps x"),
         ("--steps 0", "--teacher --steps 0"),
         *((INTERPOLATOR, write(INTERPOLATOR, content)) for content in (
             b"", save({"patch_embedding.weight": torch.ones(32, 12, 1, 2, 2)}),
@@ -179,7 +177,6 @@ BAD_INPUT = {
         ("'purple'", write("prompts.txt", b"a purple ball\n")),
     ],
     "sample diffusers": [
-        ("diffusers", delete("diffusers/transformer")),
         (f"{WAN} safetensors", cut(WAN, -9)),
         (f"{WAN} '{HEAD}' 'odd'", edit_tensors(WAN, {HEAD: None, "odd": torch.zeros(64)})),
         (f"{WAN} '{HEAD}' [3] [64]", edit_tensors(WAN, {HEAD: torch.zeros(3)})),
@@ -196,7 +193,6 @@ BAD_INPUT = {
         (f"{CONFIG} i2v", edit_json(CONFIG, _class_name="WanModel", model_type="i2v")),
         ("diffusers 48 channels", lambda: miniature_wan.transformer(
             in_channels=48, out_channels=48).save_pretrained("diffusers/transformer")),
-        ("diffusers text encoder", delete("diffusers/text_encoder")),
         ("diffusers/text_encoder", cut(TEXT_ENCODER)),
         (f"diffusers/text_encoder '{NORM}'", edit_tensors(TEXT_ENCODER, {NORM: None})),
         (f"diffusers/text_encoder '{NORM}' finite",
@@ -212,10 +208,8 @@ BAD_INPUT = {
     ],
     "sample original": [
         ("original VAE --codec", delete(VAE_PTH)),
-        ("original tokenizer", delete("original/google")),
         (VAE_PTH, cut(VAE_PTH)),
         (VAE_PTH, lambda: torch.save({"a": json.JSONDecoder}, VAE_PTH)),
-        (T5, cut(T5)),
         (TOKENIZER, cut(f"{TOKENIZER}/tokenizer.json")),
         (f"{TOKENIZER} 304 200", lambda: miniature_wan.T5Tokenizer(
             extra_ids=300).save_pretrained(TOKENIZER)),
@@ -229,39 +223,30 @@ BAD_INPUT = {
     ],
     "train": [
         ("--out", "distill"),
-        ("teacher interpolator", "distil"),
         ("mps", "interpolator --out out --device mps") if torch.cuda.is_available() else
         ("cuda", "interpolator --out out --device cuda"),
         ("texts", "interpolator --out out --device cpu --data @texts"),
     ],
     "distill": [
         ("--kk", "--kk 3"),
-        ("abc", "--k abc"),
         ("strides", "--strides 1 2 1 1"),
-        ("--accumulate 0", "--accumulate 0"),
-        ("--ema 2", "--ema 2"),
         ("--lora -4", "--lora -4"),
         ("--lora --ema", "--lora 4 --ema 0.9"),
         ("nowhere", "--model nowhere"),
-        (TOY, write(TOY, b"not a model")),
         ("toy 12 16", "--model @diffusers"),
         ("--out toy", "--out toy"),
         ("out", write("out", b"")),
         *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
             ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
-            ("lr x", '{"lr": "x"}'), ("timesteps ()", '{"timesteps": []}'),
-            ("betas (0.9,)", '{"betas": [0.9]}'), ("", "[" * 100_000))),
+            ("", "[" * 100_000))),
     ],
     "distill shards": [
         (SHARD, delete(SHARD)),
         (INDEX, delete(INDEX)),
         (INDEX, write(INDEX, b"[]")),
         (INDEX, write(INDEX, b'{"shards": []}')),
-        (f"{INDEX} '../x'", replace(INDEX, "shard.safetensors", "../x")),
-        (f"{INDEX} 7", replace(INDEX, '"shard.safetensors"', "7")),
         ("xxx.safetensors", replace(INDEX, "shard.", "x" * 5000 + ".")),
         (SHARD, replace(INDEX, '"count": 5', f'"count": {2**70}')),
-        (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 9, 8, 8])),
         (NULL_TEXT, write(NULL_TEXT, b"")),
         (f"{NULL_TEXT} finite", edit_tensors(
             NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),
@@ -275,9 +260,7 @@ BAD_INPUT = {
     "resume": [
         ("k 3.0 7.0", "--k 7"),
         (CHECKPOINT, cut(f"{CHECKPOINT}/*.safetensors")),
-        (CHECKPOINT, edit_json(STATE, step=0)),
         (CHECKPOINT, write(SUMS, b"[1, 2]")),
-        (CHECKPOINT, write(SUMS, b'{"../../metrics.jsonl": "0"}')),
         (CHECKPOINT, delete(SUMS)),
         ("run/metrics.jsonl", write("run/metrics.jsonl", b"\x00\n")),
         ("run/times.jsonl", write("run/times.jsonl", b"\x00\n")),

@@ -26,7 +26,6 @@ from tests.helpers import read_lines
 from tiny_wan import PRESETS, WanModel, checkpoint
 
 FOLDER = Path("runs/wan-1.3b-random")
-LOAD = f"import torch, tiny_wan; tiny_wan.WanModel.from_pretrained({str(FOLDER)!r}, torch.bfloat16)"
 SAMPLE = ["sample.py", "a cat walks on grass", "--model", FOLDER, "--dtype", "bfloat16",
           "--device", "cpu", "--frames", 9, "--height", 128, "--width", 192,
           "--out", "runs/wan-1.3b-samples"]
@@ -41,9 +40,6 @@ def main():
         write()
     size = (FOLDER / checkpoint.FILE).stat().st_size
     print(f"weights: {size / 1e9:.2f} GB in bfloat16; {torch.get_num_threads()} threads")
-    seconds, peak, _ = measure(["-c", LOAD])
-    print(f"load: {seconds:.1f} s with imports, anonymous memory at most {peak / 1e9:.2f} GB "
-          f"({peak / size:.2f} x the weights)")
     seconds, peak, said = measure(SAMPLE)
     print(f"sample.py, 9 frames of 128 x 192 in four decoupled steps: {seconds:.0f} s in all, "
           f"anonymous memory at most {peak / 1e9:.2f} GB ({peak / size:.2f} x the weights)\n{said}")

@@ -1,11 +1,8 @@
 """A whole Wan2.1 of a few hundred kilobytes, made by diffusers' and transformers' own classes.
 
-    python -m tests.miniature_wan DIR [original | diffusers]
-
 Its architecture is Wan's, its weights are random, and it lies on disk as Wan2.1 does.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,7 +124,3 @@ def vae_names():
         names += [f"{half}.middle.1.{name}" for name in attention]
         names += [f"{half}.{kind}.{i}.{name}" for i in range(15) for name in levels]
     return names
-
-
-if __name__ == "__main__":
-    make(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from functools import partialmethod
 
 import pytest
 import torch
@@ -66,20 +67,14 @@ def test_the_teacher_samples_like_diffusers_pipeline(pipe, folder, tmp_path):
     assert (ours - theirs(pipe, seed=3)).abs().max() <= 2e-3  # all 50 steps of both
 
     ours = latents(tmp_path, *teacher, "--frames", "5", "--height", "32", "--width", "48",
-                   "--steps", "6", "--guidance-scale", "3", "--negative-prompt", "static")
+                   "--steps", "6", "--guidance-scale", "3", "--shift", "8", "--negative-prompt",
+                   "static")
+    shift5 = pipe.scheduler
+    pipe.scheduler = shift5.from_config(shift5.config, flow_shift=8.0)
     other = theirs(pipe, negative="static", num_inference_steps=6, guidance_scale=3.0,
                    num_frames=5, height=32, width=48)
+    pipe.scheduler = shift5
     assert ours.std() > 0.5 and (ours - other).abs().max() <= 2e-3
-
-
-def test_shift_reaches_the_solver(pipe, wan, tmp_path):
-    ours = latents(tmp_path, PROMPT, "--teacher", "--model", wan, *SIZE, "--steps", "4",
-                   "--shift", "8")
-    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=8.0)
-    other = theirs(pipe, num_inference_steps=4)
-    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
-    assert (ours - other).abs().max() <= 2e-3
-    assert (ours - theirs(pipe, num_inference_steps=4)).abs().max() > 0.1
 
 
 def test_prompts_are_encoded_as_diffusers_does(pipe, folder):
@@ -119,14 +114,6 @@ def test_videos_are_encoded_and_decoded_as_diffusers_does(pipe, folder):
     torch.testing.assert_close(codec.decode(ours), decoded, atol=1e-5, rtol=0)
 
 
-def test_tiled_decoding_keeps_the_pictures_size(wan):
-    codecs = [open_codec(wan, WanConfig.from_pretrained(wan), tiling=t) for t in (False, True)]
-    x = torch.randn(1, 16, 1, 34, 34, generator=torch.Generator().manual_seed(0))
-    whole, tiles = (codec.decode(x) for codec in codecs)
-    assert whole.shape == tiles.shape == (1, 3, 1, 272, 272)
-    assert not torch.equal(whole, tiles)
-
-
 def test_bf16_samples_nearly_as_float32_does(wan, tmp_path):
     args = [PROMPT, "--teacher", "--model", wan, *SIZE, "--steps", "3"]
     exact = latents(tmp_path, *args)
@@ -135,17 +122,13 @@ def test_bf16_samples_nearly_as_float32_does(wan, tmp_path):
 
 
 def test_compiled_blocks_give_the_same_video(wan, tmp_path, monkeypatch):
-    compiled = []
-
-    def without_inductor(block):  # which takes a minute to start
-        compiled.append(block)
-        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
-
+    graphs = []
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(  # inductor takes a minute
+        torch.nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph))
     args = [PROMPT, "--model", wan, "--frames", "1", "--height", "32", "--width", "32"]
     plain = latents(tmp_path, *args)
-    monkeypatch.setattr(torch.nn.Module, "compile", without_inductor)
     torch.testing.assert_close(latents(tmp_path, *args, "--compile"), plain, atol=1e-5, rtol=0)
-    assert len(compiled) == 2  # blocks of the miniature
+    assert graphs
 
 
 def test_an_exported_student_runs_in_stock_diffusers(pipe, student, tmp_path):
@@ -181,22 +164,16 @@ def test_exports_in_every_layout_sample_like_the_student(student, wan, tmp_path)
     assert (wanted - full).abs().max() > 0.1
 
 
-def test_export_keeps_the_numbers_and_can_round_the_weights(student, tmp_path):
+def test_an_export_has_all_numbers_and_can_round_the_weights(tmp_path):
+    """The shipped teacher's file stores only the numbers that differ from the paper's."""
     file = tmp_path / "new" / "wan.safetensors"
-    command = ["--model", str(student), "--layout", "comfyui", "--dtype", "bfloat16"]
+    command = ["--model", str(WEIGHTS), "--layout", "comfyui", "--dtype", "bfloat16"]
     assert export.main([*command, "--out", str(file)]) == 0
-    assert load_config(file) == adavid.AVDConfig()
+    assert json.loads(checkpoint.read_metadata(file)["avd"])["timesteps"] == [1000, 900, 757, 522]
+    assert load_config(file) == load_config(WEIGHTS)
     tensors = load_file(file)
     assert tensors["model.diffusion_model.blocks.0.self_attn.q.weight"].dtype == torch.bfloat16
     assert tensors["model.diffusion_model.head.modulation"].dtype == torch.float32
-
-
-def test_an_export_always_has_the_step_schedule(tmp_path):
-    """The shipped teacher's file stores only what differs from the paper's numbers."""
-    assert export.main(["--model", str(WEIGHTS), "--out", str(tmp_path / "x")]) == 0
-    numbers = checkpoint.read_metadata(tmp_path / "x")["avd"]
-    assert json.loads(numbers)["timesteps"] == [1000, 900, 757, 522]
-    assert load_config(tmp_path / "x") == load_config(WEIGHTS)
 
 
 def test_a_file_inside_a_pipeline_finds_the_rest_of_it(wan, tmp_path):
@@ -208,12 +185,3 @@ def test_a_file_inside_a_pipeline_finds_the_rest_of_it(wan, tmp_path):
             tmp_path / "wan" / "transformer" / FILE]
     first, *others = (latents(tmp_path / "out", *args, "--model", way) for way in ways)
     assert all(torch.equal(first, other) for other in others)
-
-
-def test_a_model_that_is_not_distilled_is_noted(wan, student, tmp_path, capsys):
-    size = ["--frames", "1", "--height", "32", "--width", "32"]
-    latents(tmp_path, "a cat", "--model", wan, *size)
-    assert "--teacher" in capsys.readouterr().out
-    latents(tmp_path, "a cat", "--model", student, "--codec", wan, *size)
-    said = capsys.readouterr().out
-    assert "--teacher" not in said and "full rate" in said

@@ -1,7 +1,6 @@
 """Several ranks, accumulation, LoRA and averaged weights against one plain process."""
 
 import shutil
-import time
 
 import pytest
 import torch
@@ -96,9 +95,11 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(before, after, first, w
         assert torch.equal(p, tensors["student." + name])
 
 
-def test_two_accumulated_batches_are_one_of_twice_the_size(whole, toy_folder, tmp_path):
-    two = trained(toy_folder, tmp_path, "--accumulate", 2, batch_size=1)
-    assert agree(whole[1], two, toy_folder)
+@pytest.mark.parametrize("flags, batch_size", [
+    (("--accumulate", 2), 1), (("--gradient-checkpointing", True), 2)])
+def test_accumulation_and_recomputed_blocks_change_nothing(
+        flags, batch_size, whole, toy_folder, tmp_path):
+    assert agree(whole[1], trained(toy_folder, tmp_path, *flags, batch_size=batch_size), toy_folder)
 
 
 def test_averaged_weights_follow_the_students(whole, toy_folder, tmp_path):
@@ -117,13 +118,6 @@ def test_a_student_may_start_elsewhere(whole, toy_folder, tmp_path):
     trained(toy_folder, tmp_path, "--init-student", whole[1], "--lr", 0, steps=1)
     start = WanModel.from_pretrained(whole[1]).state_dict()
     assert equal(start, WanModel.from_pretrained(tmp_path).state_dict())
-    tensors = saved(tmp_path)
-    assert all(torch.equal(p, tensors["student." + name]) for name, p in start.items())
-
-
-def test_recomputed_blocks_change_nothing(whole, toy_folder, tmp_path):
-    trained(toy_folder, tmp_path, "--gradient-checkpointing", True)
-    assert agree(whole[1], tmp_path, toy_folder)
 
 
 def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
@@ -179,26 +173,16 @@ def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder)
 
 
 def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder):
-    g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(1, 12, 3, 8, 8, generator=g), torch.tensor([757.0])
-    text, runs = torch.randn(1, 3, 15, generator=g), []
-    for dtype in (torch.float32, torch.bfloat16):
-        base, g = WanModel.from_pretrained(toy_folder, dtype), g.manual_seed(0)
-        _, student = lora.add_adapters(base, 4, ("student",))
-        seen = set()
-        for name, layer in base.named_modules():
-            if name.endswith("lora_A.student"):
-                layer.register_forward_hook(
-                    lambda _, inputs, out: seen.add((inputs[0].dtype, out.dtype)))
-        for p in student.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=g)
-        v = student(x, t, text)
-        v.square().mean().backward()
-        assert seen == {(dtype, dtype)}
-        assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
-        runs.append((v, torch.cat([p.grad.flatten() for p in student.parameters()])))
-    for exact, rounded in zip(*runs):
-        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    base, seen = WanModel.from_pretrained(toy_folder, torch.bfloat16), set()
+    _, student = lora.add_adapters(base, 4, ("student",))
+    for name, layer in base.named_modules():
+        if name.endswith("lora_A.student"):
+            layer.register_forward_hook(
+                lambda _, inputs, out: seen.add((inputs[0].dtype, out.dtype)))
+    v = student(torch.randn(1, 12, 3, 8, 8), torch.tensor([757.0]), torch.randn(1, 3, 15))
+    v.square().mean().backward()
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
 
 
 def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):
@@ -266,7 +250,8 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
     assert result.stderr.count("must be a folder that all nodes share") == 2
 
 
-DIE = """
+def test_torchrun_names_a_dead_rank_and_restarts_all_to_the_same_bits(whole, toy_folder, tmp_path):
+    (tmp_path / "die.py").write_text("""
 import os, signal, sys, train
 from runtime import run
 means, steps = run.all_reduce_mean, []
@@ -278,24 +263,12 @@ def dying(metrics):
     return means(metrics)
 run.all_reduce_mean = dying
 sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def test_a_rank_that_dies_is_named_and_ends_the_other(toy_folder, tmp_path):
-    (tmp_path / "die.py").write_text(DIE)
-    began = time.perf_counter()
-    result = on_two_ranks(toy_folder, "run", script="die.py", cwd=tmp_path)
-    assert result.returncode and time.perf_counter() - began < 60
-    assert result.stderr.count("error: the connection to another rank broke") == 1
-    assert "rank      : 1" in result.stderr and "SIGKILL" in result.stderr
-
-
-def test_torchrun_restarts_all_ranks_and_they_resume_to_the_same_bits(whole, toy_folder, tmp_path):
-    (tmp_path / "die.py").write_text(DIE)
+""")
     result = on_two_ranks(toy_folder, "run", *EACH_STEP, script="die.py", cwd=tmp_path,
                           launcher=["--max-restarts", 1])
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("error: the connection to another rank broke") == 1
+    assert "(exitcode: -9) local_rank: 1" in result.stderr
     assert equal(saved(whole[2]), saved(tmp_path / "run"))
     logs = [(out / "metrics.jsonl").read_text() for out in (whole[2], tmp_path / "run")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3

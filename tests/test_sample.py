@@ -16,7 +16,7 @@ def latents(out):
     return load_file(out / "latents.safetensors")["latents"]
 
 
-def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys):
+def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a blue ball\n\na green ball moving up\n")
     assert run(toy_folder, tmp_path / "out", "a red ball", "--prompts-file", str(file)) == 0
@@ -25,8 +25,6 @@ def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path, capsys)
                      "contact_sheet.png"]
     assert iio.imread(tmp_path / "out" / "a red ball-0.mp4").shape == (9, 256, 256, 3)
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 64, 9 * 64, 3)
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("load: ", "denoise: ", "decode and write: "))
 
 
 def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
@@ -39,25 +37,7 @@ def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
     torch.testing.assert_close(a[1:], c, atol=1e-5, rtol=0)
 
 
-def test_teacher_full_rate_and_decoupled_are_three_different_samplers(toy_folder, tmp_path):
-    flags = {"teacher": ["--teacher", "--steps", "3"], "full": ["--full-rate"], "decoupled": []}
-    results = []
-    for name, extra in flags.items():
-        assert run(toy_folder, tmp_path / name, "a red ball", "--save-latents", *extra) == 0
-        results.append(latents(tmp_path / name))
-    assert all(not torch.equal(results[i], results[i - 1]) for i in range(3))
-
-
-def test_guidance_is_the_teachers_unless_it_is_given(toy_folder, tmp_path):
-    teacher = ["a red ball", "--teacher", "--steps", "2", "--save-latents"]
-    scales = {"a": [], "b": ["--guidance-scale", "5"], "c": ["--guidance-scale", "1"]}
-    for name, extra in scales.items():
-        run(toy_folder, tmp_path / name, *teacher, *extra)
-    assert torch.equal(latents(tmp_path / "a"), latents(tmp_path / "b"))
-    assert not torch.equal(latents(tmp_path / "a"), latents(tmp_path / "c"))
-
-
-def test_file_names_are_the_prompts_and_never_collide(toy_folder, tmp_path):
+def test_file_names_are_the_prompts_and_never_collide(tmp_path):
     prompts = ["A cat, running.", "a/../b: \"c\"?", "--help", "..", "", "x" * 500, "x" * 400,
                "🐈" * 100, "A cat, running.", "a CAT, running.", "two\nlines\0", "\udcff"]
     names = list(file_names(prompts))
@@ -68,8 +48,3 @@ def test_file_names_are_the_prompts_and_never_collide(toy_folder, tmp_path):
     for name in names:
         (tmp_path / name).touch()
         assert (tmp_path / name).parent == tmp_path and not name.startswith(("-", "."))
-
-    out = tmp_path / "out"  # as VBench wants them
-    run(toy_folder, out, "a red ball", "a blue ball", "--videos-per-prompt", "3", "--seed", "5")
-    assert sorted(p.name for p in out.glob("*.mp4")) == [
-        f"a {colour} ball-{i}.mp4" for colour in ("blue", "red") for i in range(3)]

@@ -43,10 +43,6 @@ LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
 STAGES = {
     "distill": (train.main, "distill --model toy --batch-size 2 --steps 40 --save-every 2 "
                             "--sample-every 4 --device cpu"),
-    "teacher": (train.main, "teacher --steps 60 --batch-size 2 --save-every 3 --sample-every 50 "
-                            "--score-prompts 4 --device cpu"),
-    "interpolator": (train.main, "interpolator --steps 200 --batch-size 2 --width 8 "
-                                 "--save-every 5 --sample-every 90 --device cpu"),
     "encode": (encode.main, "--model diffusers --videos many --frames 5 --height 32 --width 48 "
                             "--shard-size 2 --device cpu"),
 }
@@ -62,8 +58,6 @@ class Torture:
     """how often to kill each stage's run"""
     files: int = 1500
     """how many damaged files to read"""
-    workers: int = 2
-    """how many readers at a time"""
 
 
 def main(argv=None):
@@ -226,7 +220,7 @@ def differences(whole, out):
     for name in files[0] & files[1]:
         a, b = whole / name, out / name
         if name.suffix == ".safetensors":
-            notes = [checkpoint.read_metadata(file) | {"minutes": None} for file in (a, b)]
+            notes = [checkpoint.read_metadata(file) for file in (a, b)]
             if notes[0] != notes[1] and "checkpoints" not in name.parts:  # those have random order
                 yield f"metadata of {name}"
             a, b = load_file(a), load_file(b)
@@ -326,31 +320,14 @@ def damage_safetensors(content, rng):
     return len(header).to_bytes(8, "little") + header + body
 
 
-def damage_text(content, rng):
-    """Prompts and captions as people paste them, and as nobody would."""
-    return rng.choice((
-        lambda: damage_bytes(content, rng),
-        lambda: b"x" * 10_000_000,
-        lambda: b"a ball\n" * 3 + rng.randbytes(1000),
-        lambda: content.decode().encode("utf-16"),
-        lambda: content.decode().encode("latin-1") + b"caf\xe9",
-        lambda: "\n".join(["../../../tmp/x", "/etc/passwd", "-rf", "a/b\\c", "\u202e.mp4", "..",
-                           "x" * 500, "\U0001f408" * 200, "CON", ".", "a\tb\x07c", "a  ball",
-                           "a ball"]).encode(),
-        lambda: b"\n\n \n", lambda: b"\0" * 1000, lambda: content * 10, lambda: b'"' * 1001))()
-
-
 def damage_lines(content, rng):
-    """Damage one line of a .jsonl or .csv file."""
     lines = content.splitlines()
     at = rng.randrange(len(lines))
-    is_json = lines[at].startswith(b"{") and rng.random() < 0.7
-    lines[at] = (damage_json if is_json else damage_text)(lines[at], rng)
+    lines[at] = damage_json(lines[at], rng)
     return b"\n".join(lines)
 
 
-DAMAGES = {".safetensors": damage_safetensors, ".json": damage_json, ".jsonl": damage_lines,
-           ".csv": damage_lines, ".txt": damage_text}
+DAMAGES = {".safetensors": damage_safetensors, ".json": damage_json, ".jsonl": damage_lines}
 # What a complaint may name in place of the damaged file and its folders.
 VALUES = r"num_heads|text_len|prompt ['\"]|skipped\.jsonl"
 
@@ -360,7 +337,7 @@ def damage_files(args, inputs):
     outcomes, failures, worst = defaultdict(Counter), [], 0
     numbers, running = iter(tqdm(range(args.files), "files")), deque()
     while True:
-        while len(running) < args.workers and (number := next(numbers, None)) is not None:
+        while len(running) < 2 and (number := next(numbers, None)) is not None:
             running.append(start_reading(args.seed, number, inputs))
         if not running:
             break

@@ -4,9 +4,9 @@
         --out shards
     torchrun --nproc_per_node 8 -m tools.encode ...          shares the work among 8 GPUs
 
-The same command resumes after an interruption. skipped.jsonl lists the videos that cannot be used,
-with the reasons; delete broken-*.jsonl to try broken videos again. Without --videos, only prompts
-are encoded, which is enough for distribution matching.
+The same command resumes after an interruption, and tries broken videos again. skipped.jsonl lists
+the videos that cannot be used, with the reasons. Without --videos, only prompts are encoded, which
+is enough for distribution matching.
 """
 
 import csv
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import ChainMap, Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -110,20 +110,24 @@ def run(args):
     if stale:
         raise ValueError(f"{args.out}: {len(stale)} of its samples, such as {stale[0]!r}, now have "
                          f"another caption or an excluded one; choose another --out")
-    broken = read_broken(args.out, settings)
-    todo = [item for item in captions.items() if item[0] not in done and item[0] not in broken]
+    todo = [item for item in captions.items() if item[0] not in done]
     if group:
         dist.barrier(group)  # no rank writes before all have read what is done
-    null_text = encode(args, codec, todo[rank()::world_size()], settings)
+    null_text, broken = encode(args, codec, todo[rank()::world_size()], settings)
+    all_broken = [broken]
     if group:
-        dist.barrier(group)
+        all_broken = [None] * world_size()
+        dist.all_gather_object(all_broken, broken, group)
     if rank() == 0:
-        finish(args.out, settings, captions, skipped, null_text)
+        finish(args.out, settings, dict(ChainMap(skipped, *all_broken)), null_text)
 
 
 def encode(args, codec, items, settings):
-    """Write shards of `items`, pairs of name and caption; return the null prompt's embedding."""
-    has_videos, rows = settings["has_videos"], []
+    """Write shards of `items`, pairs of name and caption.
+
+    Returns the null prompt's embedding and {name: reason} of the videos that cannot be used.
+    """
+    has_videos, rows, broken = settings["has_videos"], [], {}
     fetch = Prefetch(lambda i: read_video(args.videos / items[i][0], args.frames, args.height,
                                           args.width, args.fps))
     bar = tqdm(items, desc="encode", unit="video" if has_videos else "prompt", disable=rank() > 0)
@@ -137,7 +141,7 @@ def encode(args, codec, items, settings):
                     if has_videos and not latents.isfinite().all():
                         raise ValueError("its latents are not finite")
                 except ValueError as error:
-                    note_broken(args.out, name, error, settings)
+                    broken[name] = str(error)
                     continue
                 rows.append((name, caption, encode_text(caption), latents))
                 if len(rows) == args.shard_size:
@@ -146,7 +150,7 @@ def encode(args, codec, items, settings):
         finally:  # Ctrl-C and SIGTERM lose nothing
             if rows:
                 write_shard(args.out, rows, settings)
-        return encode_text(settings["null_prompt"])[None]
+        return encode_text(settings["null_prompt"])[None], broken
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,8 +185,7 @@ def find_captions(args, excluded):
     usable, skipped = {}, {}
     for name in names:
         caption = captions.get(name)
-        if args.videos and (".." in Path(name).parts or Path(name).is_absolute()
-                            or not os.path.isfile(args.videos / name)):
+        if args.videos and not os.path.isfile(args.videos / name):
             skipped[name] = "no such file in the folder"
         elif not caption:
             skipped[name] = "no caption"
@@ -263,7 +266,7 @@ def read_video(file, frames, height, width, fps):
 
 
 # ---------------------------------------------------------------------------------------------
-# Output: shards, the list of broken videos, and the index
+# Output: shards and the index
 # ---------------------------------------------------------------------------------------------
 
 
@@ -302,31 +305,8 @@ def read_shards(out, settings):
     return shards
 
 
-def note_broken(out, name, error, settings):
-    """Record a video that cannot be used, so that it is not tried again."""
-    entry = {"video": name, "reason": str(error), "settings": settings}
-    with open(out / f"broken-{rank():03}.jsonl", "a", encoding="utf-8") as file:
-        print(f"\n{json.dumps(entry)}", file=file)  # the last line may be incomplete
-
-
-def read_broken(out, settings):
-    """{name: reason} of all ranks' broken videos, if they were tried with the same settings."""
-    broken = {}
-    for file in sorted(out.glob("broken-*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                if entry["settings"] == settings:  # what was too short may now be long enough
-                    broken[entry["video"]] = str(entry["reason"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                pass  # an interruption left the line incomplete; its video is tried again
-    return broken
-
-
-def finish(out, settings, captions, skipped, null_text):
+def finish(out, settings, skipped, null_text):
     """Write skipped.jsonl, the null prompt and the index, without which nothing can train."""
-    broken = read_broken(out, settings)
-    skipped = {name: why for name, why in broken.items() if name in captions} | skipped
     lines = (json.dumps({"video": name, "reason": why}) + "\n" for name, why in skipped.items())
     (out / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
     shards = read_shards(out, settings)
