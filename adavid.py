@@ -23,6 +23,7 @@ Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867
 import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ import kernels
 # ---------------------------------------------------------------------------------------------
 # Configuration: every number of the method, at the paper's value for Wan2.1
 # ---------------------------------------------------------------------------------------------
+
+TINY, HUGE = 1e-30, 1e30  # the least number above zero, and the largest, that a number may be
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,36 @@ class AVDConfig:
     grad_clip: float = 10.0
     """gradients are clipped to this norm, the student's and the critic's separately"""
 
+    limits: ClassVar = {  # the least and the largest value; both int for whole numbers
+        "timesteps": (TINY, 1000.0), "strides": (1, 1024), "train_strides": (1, 1024),
+        "guidance_scale": (-HUGE, HUGE), "shift": (TINY, HUGE), "t_range": (TINY, 1000.0),
+        "lambda_reg": (0.0, HUGE), "k": (0.0, HUGE), "ema_decay": (0.0, 1.0),
+        "lambda_temp": (0.0, HUGE), "temporal_eps": (TINY, HUGE),
+        "temporal_truncation": (-HUGE, HUGE), "critic_updates": (0, 1000), "lr": (0.0, HUGE),
+        "critic_lr": (0.0, HUGE), "betas": (0.0, 1 - 1e-9), "weight_decay": (0.0, HUGE),
+        "grad_clip": (TINY, HUGE)}
+
     def __post_init__(self):
-        decreasing = self.timesteps and all(a > b for a, b in pairwise((*self.timesteps, 0)))
-        if not decreasing or self.timesteps[0] > 1000:
-            raise ValueError(f"timesteps {self.timesteps} must decrease within (0, 1000]")
+        for name, (low, high) in self.limits.items():
+            value, usual = getattr(self, name), getattr(AVDConfig, name)
+            if (type(value) is tuple) != (type(usual) is tuple) or not all(
+                    isinstance(number, (type(low), int)) and low <= number <= high
+                    for number in (value if type(value) is tuple else (value,))):
+                raise ValueError(f"{name} {value!r} must be like {usual}, from {low:g} to {high:g}")
+        if not self.timesteps or any(a <= b for a, b in pairwise(self.timesteps)):
+            raise ValueError(f"timesteps {self.timesteps} must decrease")
+        for name in ("t_range", "betas"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} {getattr(self, name)} must be two numbers")
+        if self.t_range[0] > self.t_range[1]:
+            raise ValueError(f"t_range {self.t_range} must not decrease")
         for name in ("strides", "train_strides"):
             strides = getattr(self, name)
             if len(strides) != len(self.timesteps):
                 raise ValueError(f"{name} {strides}: there must be one stride for each of the "
                                  f"{len(self.timesteps)} timesteps {self.timesteps}")
-            if any(s < 1 or s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
+            if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
                 raise ValueError(f"{name} {strides} must be powers of two that never increase")
-        low, high = self.t_range
-        for name, ok in {"t_range": 0 < low <= high <= 1000, "ema_decay": 0 <= self.ema_decay <= 1,
-                         "k": self.k >= 0, "critic_updates": self.critic_updates >= 0}.items():
-            if not ok:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     def to_json(self):
         """All numbers in a string, which is stored in the metadata of weights."""

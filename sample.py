@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import adavid
@@ -151,17 +150,14 @@ def run(args):
                 kept.append(latents)
     write_contact_sheet(args.out / "contact_sheet.png", rows)
     if kept:
-        save_file({"latents": torch.cat(kept)}, args.out / "latents.safetensors")
+        checkpoint.write_files({args.out / "latents.safetensors": {"latents": torch.cat(kept)}})
     print(watch)
     print(f"{len(prompts)} videos and contact_sheet.png are in {args.out}")
 
 
 def read_prompts(path):
     """The non-empty lines of a text file. ValueError if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    lines = [line.strip() for line in checkpoint.read_text(path).splitlines()]
     if not any(lines):
         raise ValueError(f"{path}: contains no prompts; write one on each line")
     if (longest := max(map(len, lines))) > LONGEST:

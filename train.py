@@ -54,7 +54,8 @@ class Flags:
     save_every: int = 100
     """steps between checkpoints"""
     keep: int = 2
-    """how many of the newest checkpoints to keep; a damaged one is passed over"""
+    """how many of the newest checkpoints to keep; a damaged one is passed over. The newest has not
+    yet been followed by an update, so at least one more is kept."""
     keep_every: int | None = None
     """also keep every checkpoint whose step is a multiple of this"""
     sample_every: int = 100
@@ -64,7 +65,7 @@ class Flags:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """device to run on"""
     may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
-                  "tensorboard"}  # when a run is resumed
+                  "tensorboard", "lr", "critic_lr"}  # when a run is resumed
 
 
 @dataclass
@@ -271,8 +272,9 @@ def train_interpolator(args):
             run.save(step)
 
     if rank() == 0:
-        model.half().save_pretrained(args.out / "interpolator.safetensors",
-                                     {"seed": str(args.seed), "minutes": f"{run.minutes():.0f}"})
+        checkpoint.write_files(
+            {args.out / "interpolator.safetensors": model.half().state_dict()},
+            {"seed": str(args.seed), "minutes": f"{run.minutes():.0f}"})
 
 
 @torch.no_grad()
@@ -436,8 +438,6 @@ def check_flags(args, data):
         raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
-    if args.lora < 0 or not 0 <= args.ema < 1:
-        raise ValueError(f"--lora {args.lora} must be at least 0, --ema {args.ema} in [0, 1)")
     there = data.latent_shape[0], data.null_text.shape[-1]
     for model in (args.model, args.init_student or args.model):
         takes = WanConfig.from_pretrained(model)

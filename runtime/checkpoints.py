@@ -41,6 +41,14 @@ def named_tensors(state):
     return tensors
 
 
+@torch.no_grad()
+def find_not_finite(state):
+    """The name of a tensor that is not finite on some rank, or None."""
+    names = (name for name, tensor in named_tensors(state).items()
+             if not getattr(tensor, "to_local", lambda t=tensor: t)().isfinite().all())
+    return next(filter(None, all_gather(next(names, None))), None)
+
+
 class Checkpointer:
     """Saves and loads a run's checkpoints. Several ranks save in the background, each its part."""
 
@@ -77,7 +85,7 @@ class Checkpointer:
                 for left in part.parent.glob("*.part"):
                     shutil.rmtree(left, ignore_errors=True)
                 for log in self.args.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
-                    fsync(log)
+                    checkpoint.fsync(log)
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
                 part.mkdir()
                 (part / STATE).write_text(json.dumps({"step": step} | flags(self.args)))
@@ -112,10 +120,10 @@ class Checkpointer:
             part = folder.with_suffix(".part")
             while len(list(part.glob(SUMS.format("*")))) < world_size():
                 time.sleep(0.1)
-            fsync(part)
+            checkpoint.fsync(part)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
-            fsync(folder.parent)
+            checkpoint.fsync(folder.parent)
             every = self.args.keep_every
             # Those of later steps are damaged, or this one would not have been written.
             for old in list_checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
@@ -153,22 +161,11 @@ def seal(part, wait=lambda: None):
     wait()
     ours = [*part.glob(f"shard-{rank() + 1:05d}-*"), *[part / STATE] * (rank() == 0)]
     for file in ours:
-        fsync(file)
+        checkpoint.fsync(file)
     sums = part / SUMS.format(rank())
     sums.with_suffix(".part").write_text(json.dumps({file.name: sha256(file) for file in ours}))
-    fsync(sums.with_suffix(".part"))
+    checkpoint.fsync(sums.with_suffix(".part"))
     os.replace(sums.with_suffix(".part"), sums)
-
-
-def fsync(path):
-    """Flush a file to the disk, or the names in a folder."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows wants to write
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def sha256(file):
@@ -184,11 +181,10 @@ def list_checkpoints(out, last=math.inf):
 
 def flags(args):
     """The flags that must not change on resuming, and the videos in an update over all ranks."""
-    values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()
-              if k not in args.may_change}
+    values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()}
     if "avd" in values:
         values |= vars(values.pop("avd"))
-    for name in ("batch_size", "accumulate"):
+    for name in {"batch_size", "accumulate"} | args.may_change:
         values.pop(name, None)
     values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()
     return {"flags": json.loads(json.dumps(values, default=str))}

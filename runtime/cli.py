@@ -2,17 +2,40 @@
 
 import contextlib
 import io
+import os
+import shlex
 import sys
 import time
 from collections import Counter
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 import tyro
 from safetensors import SafetensorError
 
+from adavid import HUGE, TINY, AVDConfig
+
 INSTALLED_BY = dict.fromkeys(("diffusers", "transformers", "ftfy", "peft"), "-e '.[wan]'") | {
     "tensorboard": "tensorboard"}
+
+
+MOST = 2**31 - 1
+LIMITS = AVDConfig.limits | {  # the least and the largest value of each flag that is a number
+    "steps": (1, MOST), "batch_size": (1, 2**16), "accumulate": (1, 2**16), "seed": (0, 2**32 - 1),
+    "save_every": (1, MOST), "sample_every": (1, MOST), "keep": (2, MOST), "keep_every": (1, MOST),
+    "score_prompts": (1, 2**20), "lora": (0, 2**12), "ema": (0, 1 - 1e-9), "frames": (1, 2**16),
+    "height": (1, 2**16), "width": (1, 2**16), "fps": (1, 1000), "videos_per_prompt": (1, 2**20),
+    "shard_size": (1, 2**20), "gpus": (1, 2**20), "videos": (1, 2**40), "tflops": (TINY, HUGE),
+    "utilisation": (TINY, 1), "memory": (TINY, HUGE)}
+
+
+class Diverged(ValueError):
+    """A training run that cannot go on as it is. `flags` of another learning rate may help."""
+
+    def __init__(self, message, flags):
+        super().__init__(message)
+        self.flags = flags
 
 
 def run(program, options, argv=None):
@@ -21,20 +44,27 @@ def run(program, options, argv=None):
     The fields' docstrings are the help texts. Bad flags and bad input (ValueError, OSError) give
     one line on stderr and code 2; Ctrl-C gives code 130.
     """
-    complaint = io.StringIO()
+    argv, complaint = sys.argv[1:] if argv is None else argv, io.StringIO()
+    parse = lambda: tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
     try:
         with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
-        for name in ("steps", "batch_size", "accumulate", "save_every", "sample_every",
-                     "score_prompts", "videos_per_prompt", "shard_size", "fps", "keep",
-                     "keep_every"):
-            if getattr(args, name, None) is not None and getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(args, name)}: must be 1 or more")
+            args = parse()
+        for name, value in vars(args).items():
+            if name in LIMITS and isinstance(value, (int, float)):
+                low, high = LIMITS[name]
+                if not low <= value <= high:
+                    raise ValueError(f"{flag(name)} {value}: must be {limits(name)}")
     except SystemExit as end:
         box = (line.strip("│ ") for line in complaint.getvalue().splitlines()[1:-1])
         if end.code:
             fail(" ".join([*takewhile(lambda line: line[:1] != "─", box), "(see --help)"]))
+        else:
+            with contextlib.redirect_stdout(io.StringIO()) as text, \
+                    contextlib.suppress(SystemExit):
+                parse()
+            words = text.getvalue().split()
+            print("Numbers:", "; ".join(f"{flag(name)} {limits(name)}" for name in LIMITS
+                                        if flag(name) in words) or "none")
         return end.code or 0
     except ValueError as error:
         fail(error)
@@ -43,6 +73,8 @@ def run(program, options, argv=None):
         return program(args) or 0
     except KeyboardInterrupt:
         return 130
+    except Diverged as error:
+        fail(f"{error}: {shlex.join([*launcher(), *map(str, argv), *error.flags])}")
     except (ValueError, OSError) as error:
         fail(error)
     except SafetensorError as error:  # readers name their file, so this is a full disk
@@ -51,9 +83,29 @@ def run(program, options, argv=None):
         if error.name not in INSTALLED_BY:
             raise
         fail(f"{error.name} is not installed; python -m pip install {INSTALLED_BY[error.name]}")
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         fail(f"{error}; try smaller videos or smaller batches (--help lists what saves memory)")
     return 2
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def limits(name):
+    """The limits of a flag's number in words."""
+    low, high = LIMITS[name]
+    if low == -HUGE:
+        return "finite"
+    least = "above 0" if low == TINY else f"{low:g} or more"
+    return least if high in (MOST, HUGE) else f"{least}, at most {high:.10g}"
+
+
+def launcher():
+    """The words before a program's flags: `python train.py`, or torchrun's."""
+    file = Path(sys.argv[0])
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    return ["torchrun", "--nproc_per_node", size, file.name] if size else ["python", file.name]
 
 
 class Stopwatch:

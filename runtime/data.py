@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.distributed import rank, world_size
@@ -127,9 +126,11 @@ def write_toy_shards(folder, seed, count, spoil=lambda video: video, null_prompt
     """
     codec, (video, prompts) = ToyCodec(), world.make(seed, range(count))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": codec.encode(spoil(video)).half(), "text": codec.encode_text(prompts)},
-              folder / "shard.safetensors", {"prompts": json.dumps(prompts)})
-    save_file({"null_text": codec.encode_text([null_prompt])}, folder / "null_text.safetensors")
+    checkpoint.write_files({folder / "shard.safetensors": {
+        "latents": codec.encode(spoil(video)).half(), "text": codec.encode_text(prompts)}},
+        {"prompts": json.dumps(prompts)})
+    checkpoint.write_files({folder / "null_text.safetensors": {
+        "null_text": codec.encode_text([null_prompt])}})
     (folder / INDEX).write_text(json.dumps({
         "latent_shape": codec.latent_shape(), "has_videos": True,
         "shards": [{"file": "shard.safetensors", "count": count}]}))

@@ -5,7 +5,6 @@ Files have the format of diffusers' `load_lora_weights`.
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from tiny_wan import checkpoint
@@ -78,9 +77,9 @@ class Adapted:
 
     def save_adapter(self, folder, metadata):
         """Write the adapter for diffusers' `load_lora_weights`. Its alpha is its rank: scale 1."""
-        tensors = {"transformer." + checkpoint.diffusers_name(name): p.detach().cpu().contiguous()
+        tensors = {"transformer." + checkpoint.diffusers_name(name): p.detach().cpu()
                    for name, p in self.state_dict().items()}
-        save_file(tensors, folder / FILE, {"format": "pt"} | metadata)
+        checkpoint.write_files({folder / FILE: tensors}, {"format": "pt"} | metadata)
 
 
 def merge(model, file):

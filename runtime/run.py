@@ -7,17 +7,24 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.checkpoints import Checkpointer
+from runtime import cli
+from runtime.checkpoints import Checkpointer, find_not_finite, list_checkpoints
 from runtime.distributed import (
     Watchdog,
     all_gather,
@@ -27,6 +34,7 @@ from runtime.distributed import (
     rank,
     world_size,
 )
+from runtime.models import load_config
 from tiny_wan import checkpoint
 
 MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
@@ -91,6 +99,7 @@ class Run:
         self.args, self.state = args, state
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         check_shared(args.out)
+        self.lock = lock_folder(args.out)
         self.checkpointer = Checkpointer(args)
         self.start = self.checkpointer.load(state)
         if rank() == 0:
@@ -112,6 +121,7 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        del self.lock
         return self.stack.__exit__(*error)
 
     def steps(self):
@@ -130,7 +140,7 @@ class Run:
         """Append the metrics, averaged over ranks, to metrics.jsonl, and warn if they look bad.
 
         waited: seconds spent waiting for data so far.
-        ValueError after MOST_SKIPS steps in a row that skipped an update.
+        `Diverged` after MOST_SKIPS steps in a row that skipped an update.
         """
         metrics = all_reduce_mean(metrics)
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -140,11 +150,9 @@ class Run:
         if skipped:
             metrics["skipped"] = 1
             self.warn(f"step {step}: skipped, as these are not finite: {', '.join(bad)}")
+            self.reason = f"these were not finite: {', '.join(bad)}"
         if self.skips == MOST_SKIPS:
-            self.checkpointer.wait()
-            raise ValueError(
-                f"step {step}: {self.skips} updates in a row had a loss or a gradient that is not "
-                f"finite; the last checkpoint is untouched, and a lower learning rate may help")
+            self.give_up(step)
         if "variance" in metrics and not bad:
             self.motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
             share = sum(self.motion) / MOTION_WINDOW
@@ -170,20 +178,47 @@ class Run:
     def save(self, step):
         """Save a checkpoint if one is due: every `save_every` steps, at the last one, or to stop.
 
-        SystemExit after SIGINT or SIGTERM, once the checkpoint is on the disk.
+        While updates are skipped nothing is saved, and nothing older is deleted. `Diverged` if the
+        last step was skipped, or if a tensor is not finite. SystemExit after SIGINT or SIGTERM.
         """
         done, stop = step + 1, stop_requested(self.signals)
-        self.checkpointer.poll()
-        if stop or done % self.args.save_every == 0 or done == self.args.steps:
-            self.checkpointer.save(self.state, done)
-        if stop or done == self.args.steps:
+        last = done == self.args.steps
+        if not self.skips:
+            self.checkpointer.poll()
+            if stop or last or done % self.args.save_every == 0:
+                if bad := find_not_finite(self.state):
+                    self.reason = f"{bad} is not finite"
+                    self.give_up(step)
+                self.checkpointer.save(self.state, done)
+        if stop or last:
             self.checkpointer.wait()
         if stop:
             self.bar.close()
             if rank() == 0:
-                print(f"stopped and saved at step {done} of {self.args.steps}; run the same "
-                      f"command to resume", file=sys.stderr)
+                print(f"stopped at step {done} of {self.args.steps}, "
+                      + ("not saved as this step was skipped" if self.skips else "saved")
+                      + "; run the same command to resume", file=sys.stderr)
             raise SystemExit(128 + stop)
+        if last and self.skips:
+            self.give_up(step)
+
+    def give_up(self, step):
+        """Raise `Diverged`, with the way to go on from the newest checkpoint that is good.
+
+        That is one which an accepted update followed. One that only skipped updates followed is
+        deleted, as it may be where the numbers left the range.
+        """
+        self.checkpointer.wait()
+        found = list_checkpoints(self.args.out)
+        if found and int(found[-1].name) == step + 1 - self.skips:
+            bad = found.pop()
+            dist.barrier() if world_size() > 1 else None
+            if rank() == 0:
+                shutil.rmtree(bad)
+        where = f"checkpoint {found[-1].name} is good" if found else "no checkpoint is good"
+        skipped = f" ({self.skips} updates in a row were skipped)" if self.skips else ""
+        raise cli.Diverged(f"step {step}: {self.reason}{skipped}; {where}, go on from "
+                           f"{'it' if found else 'the start'} with", lower_rates(self.args))
 
     def minutes(self):
         """The minutes that all steps took, in earlier calls too; prints them."""
@@ -194,6 +229,15 @@ class Run:
             print(f"{self.args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them "
                   f"waiting for data")
         return seconds / 60
+
+
+def lower_rates(args):
+    """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
+    numbers, usual = args, type(args)
+    if hasattr(args, "avd"):
+        numbers, usual = args.avd, load_config(args.model)
+    return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
+        cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 
 
 def check_shared(folder):
@@ -208,6 +252,24 @@ def check_shared(folder):
             file.unlink()
         if not all(seen):
             raise ValueError(f"--out {folder} must be a folder that all nodes share")
+
+
+def lock_folder(folder):
+    """Rank 0's lock on a folder: an open file, to be kept as long. ValueError, on all ranks, if
+    another process has it.
+    """
+    lock = problem = None
+    if rank() == 0 and fcntl:
+        lock = open(folder / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"--out {folder}: another process is writing there; wait for it, or stop it"
+        except OSError:  # some network file systems have no locks
+            pass
+    if problem := broadcast(problem):
+        raise ValueError(problem)
+    return lock
 
 
 def truncate_log(log, count):

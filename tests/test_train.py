@@ -157,11 +157,11 @@ def test_the_last_checkpoints_and_every_nth_are_kept(toy_folder, tmp_path):
 
 
 def test_a_damaged_checkpoint_of_a_later_step_displaces_none(toy_folder, tmp_path):
-    flags = ["--keep", 1, "--lambda-reg", 0, "--critic-updates", 0, "--sample-every", 100]
-    distill(toy_folder, tmp_path, *flags, "--keep-every", 1, "--save-every", 2, steps=4)
+    flags = ["--lambda-reg", 0, "--critic-updates", 0, "--sample-every", 100]
+    distill(toy_folder, tmp_path, *flags, "--save-every", 2, steps=4)
     (list_checkpoints(tmp_path)[-1] / "state.json").unlink()
     assert distill(toy_folder, tmp_path, *flags, "--save-every", 1, steps=3) == 0
-    assert steps_of_checkpoints(tmp_path) == [3, 4]
+    assert steps_of_checkpoints(tmp_path) == [2, 3, 4]
     assert distill(toy_folder, tmp_path, *flags, steps=3) == 0
 
 
@@ -175,7 +175,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr({"fsync": checkpoints, "write_data": checkpoints.HuggingFaceStorageWriter}[
+        patch.setattr({"fsync": checkpoint, "write_data": checkpoints.HuggingFaceStorageWriter}[
             place], place, full)
         line = complaint(capsys, distill(toy_folder, tmp_path))
     assert "000002.part" in line and os.strerror(errno.ENOSPC) in line and "000001" in line
@@ -222,8 +222,8 @@ def test_a_critic_update_that_was_skipped_is_not_hidden_by_the_next(
     losses, calls = adavid.critic_loss, []
     monkeypatch.setattr(adavid, "critic_loss", lambda *args: losses(*args) * (
         math.nan if calls.append(0) or len(calls) == 2 else 1))
-    assert distill(toy_folder, tmp_path, steps=1) == 0
-    line, = read_lines(tmp_path / "metrics.jsonl")
+    assert distill(toy_folder, tmp_path, steps=2) == 0
+    line, _ = read_lines(tmp_path / "metrics.jsonl")
     assert line["critic"] is None and line["skipped"] == 1 and line["dmd"] is not None
     assert "critic" in next(line for line in capsys.readouterr().out.splitlines()
                             if line.startswith("step 0: skipped"))

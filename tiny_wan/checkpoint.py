@@ -23,7 +23,7 @@ INDEX = FILE + ".index.json"
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 COMFYUI_PREFIX = "model.diffusion_model."
 SHARD_BYTES = 5 * 10**9
-MAX_JSON_BYTES = 10**8
+MAX_TEXT_BYTES = 10**8
 MAX_SETTING = 2**16  # so that a damaged config.json cannot ask for terabytes of memory
 
 DIFFUSERS_NAMES = {
@@ -111,12 +111,25 @@ def named(path):
     return files[0] if len(files) == 1 else files[0].parent
 
 
+def read_text(file, most=MAX_TEXT_BYTES):
+    """The text in a UTF-8 file. ValueError if it is no file, too large, or not UTF-8."""
+    if file.exists() and not file.is_file():  # a folder, a device or a pipe, which may never end
+        raise ValueError(f"{file}: not a file")
+    with open(file, "rb") as opened:
+        content = opened.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{file}: has more than {most} bytes, too many for a text here")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not a text file in UTF-8") from None
+
+
 def read_json(file, text=None):
     """The JSON object in `file`, or in a `text` out of that file. ValueError if there is none."""
-    if text is None and file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: has more than {MAX_JSON_BYTES} bytes, too many for JSON here")
+    text = read_text(file) if text is None else text
     try:
-        value = json.loads(file.read_text(encoding="utf-8") if text is None else text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -310,15 +323,35 @@ def split_into_shards(tensors):
     return shards
 
 
-def write_files(files, header, stale=()):
-    """Write {path: tensors} under temporary names; then delete the `stale` files and rename."""
+def write_files(files, header=None, stale=()):
+    """Write {path: tensors} under temporary names; then delete the `stale` files and rename.
+
+    ValueError, before anything is replaced, if a tensor is not finite.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
     for file, tensors in files.items():
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
-                  f"{file}.part", header)
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{file}: not written, as tensor {bad[0]!r} is not finite")
+        part = f"{file}.part"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, header)
+        os.chmod(part, 0o666 & ~umask)  # safetensors lets nobody else read its files
+        fsync(Path(part))
     for file in stale:
         file.unlink()
     for file in files:
         os.replace(f"{file}.part", file)
+
+
+def fsync(path):
+    """Flush a file to the disk, or the names in a folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows wants to write
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_json(file, value):

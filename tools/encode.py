@@ -27,15 +27,13 @@ import imageio_ffmpeg
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.checkpoints import fsync
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
-from runtime.run import stop_signals
+from runtime.run import lock_folder, stop_signals
 from sample import LONGEST, read_prompts
 from tiny_wan import ToyCodec, WanCodec, WanModel, checkpoint, open_codec
 
@@ -102,6 +100,7 @@ def run(args):
     if args.videos:
         codec.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(args.out)  # noqa: F841
 
     done = {name: caption for shard in read_shards(args.out, settings).values()
             for name, caption in shard.items()}
@@ -185,7 +184,8 @@ def find_captions(args, excluded):
     usable, skipped = {}, {}
     for name in names:
         caption = captions.get(name)
-        if args.videos and not os.path.isfile(args.videos / name):
+        if args.videos and (Path(name).is_absolute() or ".." in Path(name).parts
+                            or not os.path.isfile(args.videos / name)):
             skipped[name] = "no such file in the folder"
         elif not caption:
             skipped[name] = "no caption"
@@ -215,9 +215,9 @@ def read_captions(file):
     if file.suffix == ".txt":
         return {prompt: prompt for prompt in read_prompts(file)}
     captions = {}
+    # Not splitlines(), which also splits at characters inside captions, such as U+2028.
+    text = io.StringIO(checkpoint.read_text(file, most=10**9), newline="")
     try:
-        # Not splitlines(), which also splits at characters inside captions, such as U+2028.
-        text = io.StringIO(file.read_text(encoding="utf-8-sig"), newline="")
         rows = csv.DictReader(text) if file.suffix == ".csv" else (
             json.loads(line) for line in text if line.strip())
         for row in rows:
@@ -225,8 +225,6 @@ def read_captions(file):
             if video in captions:
                 raise ValueError(f"{file}: {video!r} occurs twice")
             captions[video] = caption
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not a text file in UTF-8") from None
     except (json.JSONDecodeError, csv.Error, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file}: entry {len(captions) + 1} has no video and caption") from None
     return captions
@@ -236,8 +234,8 @@ def sidecar(video):
     """The caption in the .txt beside a video, or None."""
     file = video.with_suffix(".txt")
     try:
-        return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else None
-    except UnicodeDecodeError:
+        return " ".join(checkpoint.read_text(file, most=10**6).split()) if file.exists() else None
+    except ValueError:
         return None
 
 
@@ -245,7 +243,9 @@ def read_video(file, frames, height, width, fps):
     """RGB in [0, 1] `[3, f, h, w]`, resampled, scaled and cropped. ValueError gives the reason."""
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
-        "-protocol_whitelist", "file,pipe", "-max_pixels", str(2**26),
+        # No playlist under a video's name, which could name any other file.
+        "-format_whitelist", "mov,matroska,avi", "-protocol_whitelist", "file,pipe",
+        "-max_pixels", str(2**26),
         "-i", f"file:{file.resolve()}", "-map", "0:v:0",
         "-vf", (f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
                 f"crop={width}:{height}"),
@@ -280,9 +280,8 @@ def write_shard(out, rows, settings):
     while (file := out / f"shard-{rank():03}-{number:05}.safetensors").exists():
         number += 1
     header = {"settings": settings, "videos": names, "prompts": captions}
-    save_file(tensors, f"{file}.part", {key: json.dumps(value) for key, value in header.items()})
-    fsync(Path(f"{file}.part"))
-    os.replace(f"{file}.part", file)
+    checkpoint.write_files({file: tensors},
+                           {key: json.dumps(value) for key, value in header.items()})
 
 
 def read_shards(out, settings):
@@ -312,7 +311,7 @@ def finish(out, settings, skipped, null_text):
     shards = read_shards(out, settings)
     if not shards:
         raise ValueError(f"{out}: nothing could be encoded; skipped.jsonl gives the reasons")
-    save_file({"null_text": null_text.contiguous()}, out / "null_text.safetensors")
+    checkpoint.write_files({out / "null_text.safetensors": {"null_text": null_text}})
     index = settings | {
         "shards": [{"file": file, "count": len(names)} for file, names in shards.items()]}
     (out / f"{INDEX}.part").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

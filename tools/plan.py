@@ -156,14 +156,7 @@ def parameters(module):
 
 
 def latent_shape(args):
-    """Shape of a video's latents. ValueError if a size does not fit or a flag is bad."""
-    for name in ("tflops", "utilisation", "gpus", "videos", "memory"):
-        if not getattr(args, name, 1) > 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.utilisation > 1:
-        raise ValueError(f"--utilisation {args.utilisation}: must be at most 1")
-    if getattr(args, "lora", 0) < 0:
-        raise ValueError(f"--lora {args.lora}: must be a rank, or 0 for whole models")
+    """Shape of a video's latents. ValueError if a size does not fit."""
     codec = ToyCodec if args.preset == "tiny" else WanCodec
     # The class is asked, not an instance, which would open Wan's files.
     return codec.latent_shape(codec, args.frames, args.height, args.width, AVD.strides[0])
