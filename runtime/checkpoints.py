@@ -2,7 +2,8 @@
 
 A checkpoint is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint,
 which any number of ranks can load; `state.json` with the step and the flags; and checksums of all
-of these. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
+of these. Once an update has followed, so that it is known to be no dead end, it also has a file
+`followed`. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
 final name was whole when it was written, and the checksums tell whether it still is.
 """
 
@@ -54,6 +55,7 @@ class Checkpointer:
 
     def __init__(self, args):
         self.args, self.pending, self.pool = args, None, ThreadPoolExecutor(1)
+        self.newest = None
         # A group of its own keeps a save's messages apart from the training loop's.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -69,6 +71,7 @@ class Checkpointer:
                 continue
             if problems and rank() == 0:
                 print(f"note: {'; '.join(problems)}; going on from checkpoint {folder.name}")
+            self.newest = folder
             return load(self.args, state, folder)
         if problems:
             raise ValueError(f"{problems[0]}; no checkpoint in {self.args.out / 'checkpoints'} is "
@@ -101,6 +104,12 @@ class Checkpointer:
                 seal(part)
                 self.publish(folder)
 
+    def followed(self):
+        """An update was accepted: the newest checkpoint is no dead end."""
+        if self.newest and rank() == 0:
+            (self.newest / FOLLOWED).touch()
+        self.newest = None
+
     def poll(self):
         """Publish a checkpoint that has been written meanwhile."""
         if self.pending and self.pending[0].done():
@@ -124,6 +133,7 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
             checkpoint.fsync(folder.parent)
+            self.newest = folder
             every = self.args.keep_every
             # Those of later steps are damaged, or this one would not have been written.
             for old in list_checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
@@ -144,7 +154,7 @@ class Checkpointer:
                           f"{kept}") from None
 
 
-SUMS, STATE = "checksums-{}.json", "state.json"
+SUMS, STATE, FOLLOWED = "checksums-{}.json", "state.json", "followed"
 
 
 def cause(error):

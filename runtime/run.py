@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import cli
-from runtime.checkpoints import Checkpointer, find_not_finite, list_checkpoints
+from runtime.checkpoints import FOLLOWED, Checkpointer, find_not_finite, list_checkpoints
 from runtime.distributed import (
     Watchdog,
     all_gather,
@@ -150,7 +150,7 @@ class Run:
         if skipped:
             metrics["skipped"] = 1
             self.warn(f"step {step}: skipped, as these are not finite: {', '.join(bad)}")
-            self.reason = f"these were not finite: {', '.join(bad)}"
+            self.reason = f"{', '.join(bad[:4])} were not finite"
         if self.skips == MOST_SKIPS:
             self.give_up(step)
         if "variance" in metrics and not bad:
@@ -184,6 +184,7 @@ class Run:
         done, stop = step + 1, stop_requested(self.signals)
         last = done == self.args.steps
         if not self.skips:
+            self.checkpointer.followed()
             self.checkpointer.poll()
             if stop or last or done % self.args.save_every == 0:
                 if bad := find_not_finite(self.state):
@@ -205,16 +206,15 @@ class Run:
     def give_up(self, step):
         """Raise `Diverged`, with the way to go on from the newest checkpoint that is good.
 
-        That is one which an accepted update followed. One that only skipped updates followed is
-        deleted, as it may be where the numbers left the range.
+        That is one which an accepted update has followed. A newer one is deleted, as the numbers
+        may have left their range there.
         """
         self.checkpointer.wait()
-        found = list_checkpoints(self.args.out)
-        if found and int(found[-1].name) == step + 1 - self.skips:
-            bad = found.pop()
-            dist.barrier() if world_size() > 1 else None
+        found = broadcast(list_checkpoints(self.args.out, step + 1))
+        if found and not broadcast((found[-1] / FOLLOWED).exists()):
+            doubtful = found.pop()
             if rank() == 0:
-                shutil.rmtree(bad)
+                shutil.rmtree(doubtful)
         where = f"checkpoint {found[-1].name} is good" if found else "no checkpoint is good"
         skipped = f" ({self.skips} updates in a row were skipped)" if self.skips else ""
         raise cli.Diverged(f"step {step}: {self.reason}{skipped}; {where}, go on from "

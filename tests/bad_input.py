@@ -6,6 +6,7 @@ torture.py gives the same readers thousands of randomly damaged files.
 """
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -173,6 +174,9 @@ BAD_INPUT = {
     "sample prompts": [
         ("prompts.txt", delete("prompts.txt")),
         ("prompts.txt UTF-8", write("prompts.txt", b"\xff\xfe\x00bad")),
+        ("/dev/zero file", "--prompts-file /dev/zero"),
+        (". file", "--prompts-file ."),
+        ("prompts.txt 100000000", lambda: os.truncate("prompts.txt", 10**8 + 1)),
         ("prompts.txt no prompts", write("prompts.txt", b"\n \n")),
         ("'purple'", write("prompts.txt", b"a purple ball\n")),
     ],
@@ -231,6 +235,10 @@ BAD_INPUT = {
         ("--kk", "--kk 3"),
         ("strides", "--strides 1 2 1 1"),
         ("--lora -4", "--lora -4"),
+        ("lr nan", "--lr nan"),
+        ("betas 1.0", "--betas 0.9 1"),
+        ("--seed 99999999999999999999", "--seed 99999999999999999999"),
+        ("--keep 2", "--keep 1"),
         ("--lora --ema", "--lora 4 --ema 0.9"),
         ("nowhere", "--model nowhere"),
         ("toy 12 16", "--model @diffusers"),
@@ -238,6 +246,7 @@ BAD_INPUT = {
         ("out", write("out", b"")),
         *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
             ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
+            ("lr 'x'", '{"lr": "x"}'), ("betas", '{"betas": 1}'),
             ("", "[" * 100_000))),
     ],
     "distill shards": [
@@ -279,6 +288,7 @@ BAD_INPUT = {
     "encode jsonl": [
         ("captions.jsonl 1", write("captions.jsonl", b'{"video": "x"}\n')),
         ("captions.jsonl 1", write("captions.jsonl", b"{bad\n")),
+        ("/dev/zero file", "--captions /dev/zero"),
     ],
     "encode csv": [
         ("captions.csv UTF-8", write("captions.csv", b"\xff\xfe\x00")),

@@ -105,7 +105,7 @@ def make_toy(folder, _):
     model = WanModel(WanConfig(32, 64, 2, 1, in_dim=12, out_dim=12, text_dim=15, text_len=8))
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
-    config = AVDConfig(lr=1e-3, critic_lr=1e-3, temporal_truncation=-5.0)
+    config = AVDConfig(guidance_scale=3.0, lr=1e-3, critic_lr=1e-3, temporal_truncation=-5.0)
     model.save_pretrained(folder, metadata={"avd": config.to_json()})
     interpolator = FrameInterpolator(12, width=8)
     torch.nn.init.normal_(interpolator.out.weight, std=0.05)

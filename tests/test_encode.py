@@ -53,6 +53,14 @@ def clips(tmp_path_factory):
     (folder / "empty.txt").write_text("nothing at all")
     (folder / "text.mp4").write_text("this is not a video\n" * 100)
     (folder / "text.txt").write_text("a text")
+    # A playlist and a concat file under a video's name, which point to a video elsewhere.
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "secret.mp4"
+    shutil.copy(folder / "ok-0.mp4", elsewhere)
+    (folder / "playlist.mp4").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{elsewhere}\n#EXT-X-ENDLIST\n")
+    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {elsewhere}\n")
+    (folder / "playlist.txt").write_text("a playlist")
+    (folder / "concat.txt").write_text("a list")
     clip("silent.mp4", 8, 32, 48, 16)
     (folder / "silent.txt").unlink()
     return folder
@@ -86,12 +94,13 @@ def test_usable_videos_are_encoded_and_the_others_are_listed_with_reasons(shards
     assert sorted(rows(shards)) == sorted(
         ["-odd name: 100%.mp4", "more/ok-6.mp4", *(f"ok-{i}.mp4" for i in range(6))])
     skipped = {e["video"]: e["reason"] for e in read_lines(shards / "skipped.jsonl")}
-    assert sorted(skipped) == ["cut-2.mp4", "cut.mp4", "empty.mp4", "short.mp4", "silent.mp4",
-                               "text.mp4"]
+    assert sorted(skipped) == ["concat.mp4", "cut-2.mp4", "cut.mp4", "empty.mp4", "playlist.mp4",
+                               "short.mp4", "silent.mp4", "text.mp4"]
     assert skipped["short.mp4"].startswith(("2 of 5", "3 of 5"))
     assert skipped["silent.mp4"] == "no caption"
     assert all(skipped[n].startswith("0 of 5 frames") and "(" in skipped[n]
-               for n in ("cut.mp4", "cut-2.mp4", "empty.mp4", "text.mp4"))
+               for n in ("concat.mp4", "cut.mp4", "cut-2.mp4", "empty.mp4", "playlist.mp4",
+                         "text.mp4"))
 
 
 def test_shards_hold_the_codecs_latents_and_embeddings(wan, clips, shards):
@@ -133,7 +142,7 @@ def test_an_interrupted_run_loses_nothing_and_encodes_nothing_twice(
     reads.clear()
     capsys.readouterr()
     assert run(wan, tmp_path, "--videos", clips, "--shard-size", 3) == 0
-    assert len(reads) == 5 and "8 encoded" in capsys.readouterr().out  # the broken ones
+    assert len(reads) == 7 and "8 encoded" in capsys.readouterr().out  # the broken ones
 
 
 def test_latents_that_are_not_finite_are_left_out(wan, clips, tmp_path, monkeypatch, capsys):
@@ -165,7 +174,7 @@ def test_captions_come_from_a_file_without_a_benchmarks_prompts(wan, clips, tmp_
         assert run(wan, out, "--videos", clips, "--captions", file,
                    "--exclude-prompts", tmp_path / "bench.txt") == 0
         skipped = {e["video"]: e["reason"] for e in read_lines(out / "skipped.jsonl")}
-        assert "characters" in skipped["ok-1.mp4"] and len(skipped) == 16
+        assert "characters" in skipped["ok-1.mp4"] and len(skipped) == 18
         assert skipped["ok-0.mp4"] == skipped["ok-3.mp4"] and "excluded" in skipped["ok-0.mp4"]
         assert skipped["../ok.mp4"] == skipped["gone.mp4"] == skipped["x" * 5000]
         assert {n: r[0] for n, r in rows(out).items()} == {"more/ok-6.mp4": "a red bird"}

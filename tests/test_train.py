@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,15 +207,79 @@ def test_a_signal_while_pictures_are_drawn_spoils_no_save(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(toy_folder, tmp_path, capsys):
-    code = distill(toy_folder, tmp_path, "--lr", "1e30", steps=20)
-    out, error = capsys.readouterr()
-    last = error.splitlines()[-1]
-    assert code == 2 and "10 updates in a row" in last and "not finite" in last
-    said, = (line for line in out.splitlines() if line.startswith("step 3: skipped"))
+def test_a_loss_that_is_not_finite_is_named_and_logged_as_null(toy_folder, tmp_path, capsys):
+    assert distill(toy_folder, tmp_path, "--lr", "1e30", "--save-every", 100, steps=6) == 2
+    said, = (line for line in capsys.readouterr().out.splitlines()
+             if line.startswith("step 3: skipped"))
     assert "dmd" in said and "student_grad_norm" in said
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["skipped"] == 1
+
+
+@pytest.mark.parametrize("cause, good", [("learning rate", 2), ("critic", 3)])
+def test_a_run_that_diverges_keeps_a_good_checkpoint_and_says_how_to_go_on(
+        cause, good, toy_folder, tmp_path, capsys, monkeypatch):
+    def go_on():
+        losses, calls = adavid.critic_loss, []
+        with monkeypatch.context() as patch:
+            if cause == "critic":  # fails after step 3, whose checkpoint no update has followed
+                patch.setattr(adavid, "critic_loss", lambda *args: losses(*args) * (
+                    math.nan if calls.append(0) or len(calls) > 5 * (4 - good) else 1))
+            return complaint(capsys, distill(
+                toy_folder, tmp_path, "--save-every", 1,
+                *["--lr", "1e30"] * (cause == "learning rate"), steps=20))
+
+    assert distill(toy_folder, tmp_path, "--save-every", 1, steps=3) == 0
+    line = go_on()
+    assert f"checkpoint {good:06} is good" in line and "10 updates in a row" in line
+    assert steps_of_checkpoints(tmp_path)[-1] == good
+    go_on()
+    assert steps_of_checkpoints(tmp_path)[-1] == good  # an update has followed it
+
+    command = line.partition("with: python ")[2].replace("--steps 20", "--steps 5")
+    assert train.main(shlex.split(command)[1:]) == 0
+    assert all(tensor.isfinite().all() for tensor in saved(tmp_path).values())
+
+
+def test_a_run_without_any_update_is_no_success(toy_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(adavid, "critic_loss", lambda *_: torch.tensor(math.nan,
+                                                                       requires_grad=True))
+    line = complaint(capsys, distill(toy_folder, tmp_path, "--save-every", 1, steps=2))
+    assert "critic" in line and "no checkpoint is good" in line
+    assert not list_checkpoints(tmp_path) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_tensor_that_is_not_finite_is_saved(toy_folder, tmp_path, capsys, monkeypatch):
+    assert distill(toy_folder, tmp_path, steps=1) == 0
+    monkeypatch.setattr(adavid.LossMeanCache, "update", lambda self, *_: self.means.fill_(math.inf))
+    line = complaint(capsys, distill(toy_folder, tmp_path, steps=2))
+    assert "step 1: cache.means is not finite" in line and "000001 is good" in line
+    assert steps_of_checkpoints(tmp_path) == [1]
+    with pytest.raises(ValueError, match="bias.* is not finite"):
+        checkpoint.write_files({tmp_path / "x.safetensors": {"bias": torch.tensor([math.nan])}})
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_what_is_saved_has_the_users_permissions(toy_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert distill(toy_folder, tmp_path / "run", steps=1) == 0
+        assert train_stage("interpolator", tmp_path / "interpolator") == 0
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    # shutil.copy keeps the permissions of the interpolator that it copies beside the student.
+    modes = {file: file.stat().st_mode & 0o777 for file in files}
+    assert {mode for file, mode in modes.items() if "run/interp" not in str(file)} == {0o640}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_a_folder_has_one_run_at_a_time(toy_folder, tmp_path, capsys):
+    lock = run.lock_folder(tmp_path)
+    assert "another process" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
+    del lock
+    assert distill(toy_folder, tmp_path, steps=1) == 0
 
 
 def test_a_critic_update_that_was_skipped_is_not_hidden_by_the_next(
