@@ -45,9 +45,12 @@ def named_tensors(state):
 @torch.no_grad()
 def find_not_finite(state):
     """The name of a tensor that is not finite on some rank, or None."""
-    names = (name for name, tensor in named_tensors(state).items()
-             if not getattr(tensor, "to_local", lambda t=tensor: t)().isfinite().all())
-    return next(filter(None, all_gather(next(names, None))), None)
+    local = {name: getattr(tensor, "to_local", lambda t=tensor: t)()
+             for name, tensor in named_tensors(state).items()}
+    # Both ends are NaN if one element is. This reads each tensor once, and makes no copy.
+    bad = next((name for name, tensor in local.items() if tensor.numel() and not all(
+        math.isfinite(end.item()) for end in tensor.aminmax())), None)
+    return next(filter(None, all_gather(bad)), None)
 
 
 class Checkpointer:

@@ -2,7 +2,7 @@
 
 READERS are the programs with the flags and files that they read. BAD_INPUT breaks one thing at a
 time. test_bad_input.py checks that the reader then ends in one line that names what is wrong;
-torture.py gives the same readers thousands of randomly damaged files.
+torture.py gives the same readers randomly damaged files.
 """
 
 import json
