@@ -10,7 +10,7 @@ scores are known in closed form. Three diffusion models take part:
 
     student   G_omega   the few-step generator that we train; it starts as a copy of the teacher
     teacher   s_real    the pretrained model, frozen and guided
-    critic    s_fake    is trained throughout on the student's current videos; it starts as a copy
+    critic    s_fake    is trained throughout on the student's latest videos; it starts as a copy
                         of the teacher, and is not guided: it must describe these videos as they are
 
 Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` holds the
@@ -227,14 +227,14 @@ def dmd_loss(x0, gradient):
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`, a scalar; its gradient is that of eq. 4."""
+    """L_KL of the student's videos `x0`, a scalar. Its gradient is eq. 4's, over x0's elements."""
     with torch.no_grad():
         t = random_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
         x0_fake = predict_x0(critic, x_t, t, text)
         v_real = guided_velocity(teacher, x_t, t, text, null_text, config.guidance_scale)
         gradient = dmd_gradient(x0, x0_fake, velocity_to_x0(v_real, x_t, t))
-    return dmd_loss(x0, gradient)  # a loss with this gradient
+    return dmd_loss(x0, gradient)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -242,19 +242,19 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
 # ---------------------------------------------------------------------------------------------
 
 
-def regression_loss(student, x0, text, step, config, stride=1, generator=None):
-    """L_reg (eq. 5) `[b]`: the velocity error on real videos `x0`, noised to the student's steps.
+def regression_loss(student, real, text, step, config, stride=1, generator=None):
+    """L_reg (eq. 5) `[b]`: the velocity error on real videos, noised to the student's steps.
 
     `step` `[b]` indexes the student's timesteps. At stride s, only every s-th frame is used. The
     paper writes the error of epsilon; but at sigma = 1 the input is epsilon, and only the error of
     the velocity says something about x0.
     """
-    x0 = x0[:, :, ::stride]
-    noise = draw(torch.randn, x0.shape, x0, generator)
+    real = real[:, :, ::stride]
+    noise = draw(torch.randn, real.shape, real, generator)
     # In the noise's dtype, at least float32: bfloat16 rounds 757 to 756.
-    t = torch.tensor(config.timesteps, dtype=noise.dtype, device=x0.device)[step]
-    v = predict_velocity(student, add_noise(x0, noise, t), t, text, stride)
-    return (v - (noise - x0)).float().square().mean(dim=(1, 2, 3, 4))
+    t = torch.tensor(config.timesteps, dtype=noise.dtype, device=real.device)[step]
+    v = predict_velocity(student, add_noise(real, noise, t), t, text, stride)
+    return (v - (noise - real)).float().square().mean(dim=(1, 2, 3, 4))
 
 
 def random_regression_steps(x0, step, strides, generator=None):
@@ -398,11 +398,12 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
 
 def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
                    interpolator=None, generator=None):
-    """Yield the loss of one batch in two terms, each with a dict of detached values.
+    """Yield the loss of one batch in two terms (one without L_reg), each with detached values.
 
     Call backward on each term as it comes: then only one term's activations are in memory.
     real: real videos `[b, c, f, h, w]`, of which `text` describes each.
-    step: index of the student's step to train, the same for the whole batch and on every rank.
+    step: index of the step at which the student's rollout ends, where L_KL and L_temp train it; the
+        same for the whole batch and on every rank. L_reg draws steps of its own for each video.
     cache: the LossMeanCache, which is only read here. After the optimizer's step, unless it was
         skipped, call `cache.update` with the values `reg_step` and `reg` of all batches.
     """

@@ -103,7 +103,8 @@ class Interpolator(Flags):
 
 @dataclass
 class Distill(Flags):
-    """Distil a teacher into a student. Its weights hold the defaults of the method's numbers."""
+    """Distil a teacher into a student. The teacher's weights hold the defaults of the method's
+    numbers: the toy's differ from the paper's."""
 
     steps: int = 60
     batch_size: int = 16
@@ -295,7 +296,8 @@ def write_interpolated(path, model, device):
 def distill(args):
     """Each cycle: one update of the student, then `critic_updates` updates of the critic.
 
-    The first of these reuses the videos of the student's update; the others generate new ones.
+    The first of these reuses the videos of the student's update. The others generate new ones, or
+    with --one-rollout reuse them too.
     """
     config, device, data = args.avd, init_distributed(args.device), open_data(args)
     check_flags(args, data)
@@ -317,8 +319,8 @@ def distill(args):
     state |= {"ema": averaged} if args.ema else {}
     with Run(args, state) as run:
         for cycle in run.steps():
-            # Each critic update has batches of its own, except for the first one of a cycle, which
-            # uses the student's. With --one-rollout, all of a cycle's updates use these.
+            # Updates with batches of their own are numbered through the whole run. The student and
+            # the first critic update of a cycle share one number.
             first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
             metrics, videos = update_student(args, models, student_optimizer, cache, null_text,
                                              load_batches(args, fetch, first, device))
@@ -349,8 +351,8 @@ def distill(args):
 def update_student(args, models, optimizer, cache, null_text, batches):
     """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
 
-    The videos are a list with (x0, text, generators) of each batch. The critic goes on with the
-    generators where the student stopped.
+    The videos are a list with (x0, text, generators) of each batch. The critic's update on them
+    draws on from these generators.
     """
     config, values, videos = args.avd, defaultdict(list), []
     for real, text, step, generators in batches:

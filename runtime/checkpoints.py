@@ -2,9 +2,9 @@
 
 A checkpoint is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint,
 which any number of ranks can load; `state.json` with the step and the flags; and checksums of all
-of these. Once an update has followed, so that it is known to be no dead end, it also has a file
-`followed`. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
-final name was whole when it was written, and the checksums tell whether it still is.
+of these. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
+final name was whole when it was written, and the checksums tell whether it still is. A file
+`followed` says that an update has followed, so that the checkpoint is no dead end.
 """
 
 import hashlib
