@@ -17,7 +17,7 @@ test: .venv/all  ## check the style, then run the tests on the CPU
 test-long: .venv/all  ## run the tests that take long
 	$(RUN) -m pytest -q -m long
 
-torture: .venv/all  ## kill training runs, fill the disk and feed damaged files to every reader
+torture: .venv/all  ## kill training runs, fill the disk, feed damaged files to every reader, cut the power
 	$(RUN) -m tests.torture
 
 ablation: .venv/core  ## measure all results in the toy world again (hours; resumes after a stop)

@@ -93,6 +93,7 @@ class Checkpointer:
                 for log in self.args.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
                     checkpoint.fsync(log)
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
+                checkpoint.fsync(self.args.out)  # the names of the logs and of `checkpoints`
                 part.mkdir()
                 (part / STATE).write_text(json.dumps({"step": step} | flags(self.args)))
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
@@ -151,7 +152,7 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             error = cause(error)
             shutil.rmtree(part, ignore_errors=True)
-            there = [f.name for f in list_checkpoints(self.args.out, int(part.stem))]
+            there = [f.name for f in list_checkpoints(self.args.out, int(part.stem) - 1)]
             kept = f"checkpoint {there[-1]} is untouched" if there else "there is no earlier one"
             raise OSError(f"{part}: not written ({getattr(error, 'strerror', None) or error}); "
                           f"{kept}") from None

@@ -97,7 +97,8 @@ class Run:
 
     def __init__(self, args, state):
         self.args, self.state = args, state
-        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
+        (args.out / "samples").mkdir(exist_ok=True)
         check_shared(args.out)
         self.lock = lock_folder(args.out)
         self.checkpointer = Checkpointer(args)
@@ -240,6 +241,14 @@ def lower_rates(args):
         cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 
 
+def make_folder(folder):
+    """Make a folder and its parents, and flush their names to the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        checkpoint.fsync(folder.parent)
+
+
 def check_shared(folder):
     """ValueError, on all ranks, unless they all see the same folder."""
     if world_size() > 1:
@@ -274,7 +283,7 @@ def lock_folder(folder):
 
 def truncate_log(log, count):
     """Keep a log's first `count` lines. ValueError if there are fewer, or if one is damaged."""
-    with open(log, "a+b") as file:
+    with naming_errors(log), open(log, "a+b") as file:
         file.seek(0)
         kept = [line for line, _ in zip(file, range(count)) if line.endswith(b"\n")]
         for line in kept:
@@ -285,10 +294,16 @@ def truncate_log(log, count):
 
 
 def append(log, line):
-    """Append a line of JSON. On a full disk this often fails first, so OSError names the log."""
+    """Append a line of JSON. On a full disk this often fails first."""
+    with naming_errors(log), open(log, "a") as file:
+        print(json.dumps(line), file=file)
+
+
+@contextmanager
+def naming_errors(log):
+    """OSError names the log; that of a write or a truncation has no name of its own."""
     try:
-        with open(log, "a") as file:
-            print(json.dumps(line), file=file)
+        yield
     except OSError as error:
         raise OSError(f"{log}: {error.strerror}; the last checkpoint is untouched") from None
 

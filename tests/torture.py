@@ -1,4 +1,4 @@
-"""Kill runs, fill the disk, and feed damaged files to every reader.
+"""Kill runs, fill the disk, feed damaged files to every reader, and cut the power.
 
     make torture                                  about ten minutes on two cores
     python -m tests.torture --seed 1 --kills 5 --files 200
@@ -6,6 +6,7 @@
 A run that is killed with -9 at random moments, also while it saves, must end bit for bit like one
 that nobody touched. A damaged file must end its reader with code 0, or with code 2 and one line
 that names the file, its folder or the value. Runs and readers are forks, so Linux only.
+tests/power_loss.py describes the power cuts.
 """
 
 import errno
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import train
 from runtime import cli
 from runtime.checkpoints import list_checkpoints
+from tests import power_loss
 from tests.bad_input import READERS
 from tests.helpers import MAKERS, Inputs, write_clips
 from tiny_wan import checkpoint
@@ -50,7 +52,7 @@ STAGES = {
 
 @dataclass
 class Torture:
-    """Kill runs, fill the disk, and feed damaged files to every reader."""
+    """Kill runs, fill the disk, feed damaged files to every reader, and cut the power."""
 
     seed: int = 0
     """of all random moments and damages"""
@@ -75,6 +77,7 @@ def run(args):
             failures += kill(stage, args)
         failures += fill_disk()
         failures += damage_files(args, inputs)
+        failures += power_loss.check(Path(folder), args.seed)  # last, as it may leave threads
     for failure in failures:
         print("FAILED", failure)
     print(f"seed {args.seed}: {len(failures)} failures")
