@@ -98,8 +98,8 @@ class Run:
     def __init__(self, args, state):
         self.args, self.state = args, state
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(args.out)  # first, as two runs would confuse each other's checks
         check_shared(args.out)
-        self.lock = lock_folder(args.out)
         self.checkpointer = Checkpointer(args)
         self.start = self.checkpointer.load(state)
         if rank() == 0:
