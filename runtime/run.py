@@ -260,7 +260,7 @@ def lock_folder(folder):
     """
     lock = problem = None
     if rank() == 0 and fcntl:
-        lock = open(folder / "lock", "w")
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - it stays open
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
