@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/core  ## distil the toy teacher with DMD and with AVD; writes runs/demo/report.html
 	$(RUN) -m tools.demo
@@ -19,6 +19,9 @@ test-long: .venv/all  ## run the tests that take long
 
 torture: .venv/all  ## kill training runs, fill the disk, feed damaged files to every reader, cut the power
 	$(RUN) -m tests.torture
+
+torture-ranks: .venv/all  ## kill one of two ranks under torchrun, again and again
+	$(RUN) -m tests.torture --ranks
 
 ablation: .venv/core  ## measure all results in the toy world again (hours; resumes after a stop)
 	$(RUN) -m tools.ablation
@@ -50,4 +53,4 @@ clean:  ## delete .venv and all runs
 	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
-.PHONY: help demo test test-long torture ablation bench bench-1.3b gpu-check weights clean
+.PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check weights clean

@@ -150,6 +150,8 @@ def main(argv=None):
         defaults = Distill(tyro.MISSING, avd=load_config(teacher.model))
     except (ValueError, OSError, SystemExit):  # reported later; --help works without a model
         defaults = Distill(tyro.MISSING)
+    except KeyboardInterrupt:
+        return 130
     options = Annotated[Teacher, tyro.conf.subcommand("teacher")] | Annotated[
         Interpolator, tyro.conf.subcommand("interpolator")] | Annotated[
         Distill, tyro.conf.subcommand("distill", default=defaults)]

@@ -69,6 +69,8 @@ def run(program, options, argv=None):
     except ValueError as error:
         fail(error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     try:
         return program(args) or 0
     except KeyboardInterrupt:

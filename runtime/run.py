@@ -99,8 +99,8 @@ class Run:
         self.args, self.state = args, state
         make_folder(args.out)
         (args.out / "samples").mkdir(exist_ok=True)
+        self.lock = lock_folder(args.out)  # first, as two runs would confuse each other's checks
         check_shared(args.out)
-        self.lock = lock_folder(args.out)
         self.checkpointer = Checkpointer(args)
         self.start = self.checkpointer.load(state)
         if rank() == 0:

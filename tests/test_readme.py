@@ -136,7 +136,7 @@ def test_the_readmes_commands_are_those_of_the_docs(toy_folder, tmp_path, monkey
 
 def test_flags_in_the_docs_exist(capsys):
     known = {"--local-dir", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
-             "--maxprocesses"}  # of hf, torchrun and pytest
+             "--maxprocesses", "--ranks"}  # of hf, torchrun, pytest and torture
     stages = [["teacher"], ["interpolator"], ["distill"]]
     for name, main in PROGRAMS.items():
         for stage in {"train.py": stages, "tools.plan": [["distill"], ["sample"]]}.get(name, [[]]):

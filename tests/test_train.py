@@ -207,6 +207,19 @@ def test_a_signal_while_pictures_are_drawn_spoils_no_save(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("parsing", ["the model's numbers", "all flags"])
+def test_ctrl_c_while_flags_are_parsed_ends_without_a_traceback(parsing, monkeypatch):
+    calls, parse = iter([parsing == "all flags"]), train.tyro.cli
+
+    def interrupted(*args, **options):
+        if next(calls, False):
+            return parse(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.tyro, "cli", interrupted)
+    assert train.main(["distill", "--out", "unused"]) == 130
+
+
 def test_a_loss_that_is_not_finite_is_named_and_logged_as_null(toy_folder, tmp_path, capsys):
     assert distill(toy_folder, tmp_path, "--lr", "1e30", "--save-every", 100, steps=6) == 2
     said, = (line for line in capsys.readouterr().out.splitlines()

@@ -1,6 +1,7 @@
 """Kill runs, fill the disk, feed damaged files to every reader, and cut the power.
 
-    make torture                                  about ten minutes on two cores
+    make torture                                  about twelve minutes on two cores
+    make torture-ranks                            kills one of two ranks, in ten minutes
     python -m tests.torture --seed 1 --kills 5 --files 200
 
 A run that is killed with -9 at random moments, also while it saves, must end bit for bit like one
@@ -18,6 +19,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,14 +32,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed import run as torchrun
 from tqdm import tqdm
 
 import train
 from runtime import cli
-from runtime.checkpoints import list_checkpoints
+from runtime.checkpoints import find_damage, list_checkpoints
 from tests import power_loss
 from tests.bad_input import READERS
-from tests.helpers import MAKERS, Inputs, write_clips
+from tests.helpers import ENVIRONMENT, MAKERS, ROOT, Inputs, write_clips
+from tests.test_numbers import try_numbers
 from tiny_wan import checkpoint
 from tools import encode
 
@@ -47,6 +51,14 @@ STAGES = {
                             "--sample-every 4 --device cpu"),
     "encode": (encode.main, "--model diffusers --videos many --frames 5 --height 32 --width 48 "
                             "--shard-size 2 --device cpu"),
+    "ranks": (lambda argv: torchrun.main(argv) or 0,
+              f"--nproc_per_node 2 --max-restarts 1000 {shlex.quote(str(ROOT / 'train.py'))} "
+              "distill --model toy --batch-size 1 --critic-updates 2 --steps 20 --save-every 2 "
+              "--sample-every 4 --device cpu"),
+}
+STARTS = {
+    "train.py": STAGES["distill"][1],
+    "sample.py": "'a red ball' --model toy --teacher --steps 1000 --device cpu",
 }
 
 
@@ -58,8 +70,14 @@ class Torture:
     """of all random moments and damages"""
     kills: int = 20
     """how often to kill each stage's run"""
-    files: int = 1500
+    signals: int = 12
+    """how often to interrupt each program while it starts"""
+    numbers: int = 1000
+    """how often to train with random numbers in the flags"""
+    files: int = 1000
     """how many damaged files to read"""
+    ranks: bool = False
+    """instead of all this, kill one of two ranks again and again"""
 
 
 def main(argv=None):
@@ -69,15 +87,22 @@ def main(argv=None):
 def run(args):
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)  # or each fork would print what is in the buffer
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also when started in the background
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         inputs = make_inputs(folder)
-        for stage in STAGES:
-            failures += kill(stage, args)
-        failures += fill_disk()
-        failures += damage_files(args, inputs)
-        failures += power_loss.check(Path(folder), args.seed)  # last, as it may leave threads
+        if args.ranks:
+            failures += kill_ranks(args)
+        else:
+            failures += kill("distill", args) + kill("encode", args)
+            failures += start_twice()
+            for program in STARTS:
+                failures += interrupt(program, args)
+            failures += fill_disk()
+            failures += try_all_numbers(args, inputs)
+            failures += damage_files(args, inputs)
+            failures += power_loss.check(Path(folder), args.seed)  # last, as it may leave threads
     for failure in failures:
         print("FAILED", failure)
     print(f"seed {args.seed}: {len(failures)} failures")
@@ -201,11 +226,71 @@ def kill(stage, args):
     return [f"{stage}: {problem}" for out in outs for problem in differences(whole, out)]
 
 
+def kill_ranks(args):
+    """Run two ranks to the end, and again while one of them is killed now and then: what differs.
+
+    torchrun restarts both. If the run ends before it has had enough kills, another one begins.
+    """
+    outs, whole = [], Path("ranks-whole")
+    began = time.monotonic()
+    code, _ = wait(start("ranks", whole, "whole.log"))
+    length = time.monotonic() - began
+    if code:
+        return [f"ranks: {Path('whole.log').read_text()[-1000:]}"]
+    rng, kills, in_saves, slowest = random.Random(args.seed), 0, 0, 0
+    while kills < args.kills or in_saves < args.kills / 4:
+        outs.append(out := Path(f"ranks-killed-{len(outs)}"))
+        pid = start("ranks", out, "killed.log")
+        ranks = new_ranks(pid)
+        while ranks and (kills < args.kills or in_saves < args.kills / 4):
+            before, until = half_written(out), time.monotonic() + rng.uniform(0, length / 2)
+            while time.monotonic() < until and ranks == children(pid):
+                time.sleep(0.01)
+            while kills % 2 and half_written(out) <= before and ranks == children(pid):
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.1))
+            if ranks == children(pid):
+                os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
+                began, saving = time.monotonic(), not half_written(out) <= before
+                ranks = new_ranks(pid, ranks)
+                slowest = max(slowest, time.monotonic() - began)
+                kills, in_saves = kills + bool(ranks), in_saves + bool(ranks and saving)
+            else:
+                ranks = set()
+        code, _ = wait(pid)
+        if code:
+            return [f"ranks, after {kills} kills: code {code}, "
+                    f"{Path('killed.log').read_text()[-3000:]}"]
+    print(f"ranks: killed one of two {kills} times, {in_saves} of them while they saved, in "
+          f"{len(outs)} runs; both ran again within {slowest:.0f} seconds")
+    return [f"ranks: {problem}" for out in outs for problem in differences(whole, out)] + (
+        ["ranks: slow to restart"] if slowest > 60 else [])
+
+
+def children(pid):
+    """The processes that a process has started and not yet waited for."""
+    with suppress(FileNotFoundError):
+        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return set()
+
+
+def new_ranks(pid, old=frozenset()):
+    """Wait until torchrun has started two ranks that are not the old ones: their ids.
+
+    Or until it has ended: an empty set.
+    """
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if len(ranks := children(pid)) == 2 and ranks.isdisjoint(old):
+            return ranks
+        time.sleep(0.01)
+    return set()
+
+
 def half_written(out):
     """The unfinished files of a save, which may be going on or may have been killed."""
     found = set()
-    for part in out.glob("**/*.part"):
-        with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # it may get its name meanwhile
+        for part in out.glob("**/*.part"):
             found.add((part, part.stat().st_ctime_ns))
     return found
 
@@ -223,15 +308,66 @@ def differences(whole, out):
     for name in files[0] & files[1]:
         a, b = whole / name, out / name
         if name.suffix == ".safetensors":
-            notes = [checkpoint.read_metadata(file) for file in (a, b)]
-            if notes[0] != notes[1] and "checkpoints" not in name.parts:  # those have random order
+            if ("checkpoints" not in name.parts  # those have random order, and may have no elements
+                    and checkpoint.read_metadata(a) != checkpoint.read_metadata(b)):
                 yield f"metadata of {name}"
             a, b = load_file(a), load_file(b)
             if a.keys() != b.keys() or any(not torch.equal(a[key], b[key]) for key in a):
                 yield f"tensors of {name}"
-        elif (name.name not in ("times.jsonl", "checksums-0.json")
-              and a.read_bytes() != b.read_bytes()):
+        elif not re.match(r"times|checksums", name.name) and a.read_bytes() != b.read_bytes():
             yield f"{name}"
+
+
+def start_twice():
+    """Start two runs at the same moment on one folder: what goes wrong."""
+    wait(start("distill", "once", "once.log", "--steps", 8))
+    for number in range(3):
+        out, logs = Path(f"twice-{number}"), [Path(f"twice-{i}.log") for i in range(2)]
+        pids = [start("distill", out, log, "--steps", 8) for log in logs]
+        (first, _), (second, said) = sorted((wait(pid)[0], log.read_text())
+                                            for pid, log in zip(pids, logs))
+        if (first, second, said.count("\n")) != (0, 2, 1) or "another process" not in said:
+            yield f"two runs on one folder: codes {first} and {second}, {said[-500:]}"
+        yield from (f"two runs on one folder: {problem}"
+                    for problem in differences(Path("once"), out))
+    print("two runs on one folder: three times")
+
+
+def interrupt(program, args):
+    """Send SIGINT or SIGTERM to a program before its first step has ended: what goes wrong."""
+    rng, codes, log = random.Random(f"{args.seed} {program}"), Counter(), Path("interrupted.log")
+
+    def begin(out):
+        command = [sys.executable, ROOT / program, *shlex.split(STARTS[program]), "--out", out]
+        with open(log, "w") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT)
+
+    began, process = time.monotonic(), begin(f"{program}-whole")
+    while process.poll() is None and not re.search(r" [1-9]\d*/\d+ \[", log.read_text()):
+        time.sleep(0.01)
+    length = time.monotonic() - began
+    process.kill(), process.wait()
+    for number in range(args.signals):
+        out, moment = Path(f"{program}-{number}"), rng.uniform(0, length)
+        process = begin(out)
+        time.sleep(moment)
+        process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
+        try:
+            code = process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill(), process.wait()
+            code = "hang"
+        codes[code] += 1
+        said, saves = log.read_text(), list_checkpoints(out)
+        left = [str(file) for file in out.rglob("*") if file.is_file() and file.stat().st_size]
+        importing = said.endswith("KeyboardInterrupt\n") and re.search(r"\n +(from|import) ", said)
+        if (code not in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM)
+                or "Traceback" in said and not importing
+                or code and left and (not saves or any(map(find_damage, saves)))
+                or any(".part" in file for file in left)):
+            yield f"{program} after {moment:.2f} seconds: code {code}, left {left}, {said[-2000:]}"
+    print(f"{program}: interrupted {args.signals} times in its first {length:.1f} seconds, "
+          f"codes {', '.join(f'{n} x {code}' for code, n in codes.items())}")
 
 
 def fill_disk():
@@ -252,6 +388,25 @@ def fill_disk():
     if code != 2 or "Traceback" in log.read_text():
         yield f"a full disk while encoding: code {code}, {log.read_text()[-500:]}"
     print("disk full: three times while training, then to the end; once while encoding")
+
+
+def try_all_numbers(args, inputs):
+    """Train a step with random numbers in the flags, many times: what went wrong."""
+    model, codes = inputs["toy"], Counter()
+
+    def try_one(argv):
+        flags, code, problem = try_numbers(random.Random(f"{args.seed} {number}"), model, out)
+        print(f"{flags}: {problem}") if problem else None
+        return 97 if problem else code
+
+    for number in tqdm(range(args.numbers), "numbers"):
+        out = Path(f"numbers-{number}")
+        code, _ = wait(fork(try_one, [], "log"), seconds=60)
+        codes[code] += 1
+        if code not in (0, 2):
+            yield f"numbers {number}: code {code}, {Path('log').read_text()[-800:]}"
+        shutil.rmtree(out, ignore_errors=True)
+    print(f"{args.numbers} times random numbers: {codes[0]} runs, {codes[2]} complaints")
 
 
 # ---------------------------------------------------------------------------------------------
