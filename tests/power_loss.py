@@ -321,9 +321,9 @@ def cut_power(folder, ranks, seed=0, variants=3):
             shutil.rmtree(again)
     if disk.left("all", random) != read_tree(folder / "disk"):
         failures["what was recorded is not all that happened"] += 1
-    print(f"power cut on {ranks} ranks, after each of {len(operations)} operations: {len(seen)} "
+    print(f"power cut (ranks: {ranks}) after each of {len(operations)} operations: {len(seen)} "
           f"disks,", ", ".join(f"{steps[step]} resumed at step {step}" for step in copies))
-    return [f"power cut on {ranks} ranks, {count} times: {problem}"
+    return [f"power cut (ranks: {ranks}), {count} times: {problem}"
             for problem, count in failures.items() if problem]
 
 
