@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
+from runtime.run import lock_folder
 from tests import miniature_wan
 from tests.helpers import ROOT, distill, equal, read_lines, saved, torchrun
 from tiny_wan import WanModel
@@ -248,6 +249,14 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
     result = on_two_ranks(toy_folder, "run-RANK", script="apart.py", cwd=tmp_path)
     assert result.returncode
     assert result.stderr.count("must be a folder that all nodes share") == 2
+
+
+def test_a_second_run_leaves_the_first_ones_folder_alone(toy_folder, tmp_path):
+    lock, token = lock_folder(tmp_path), tmp_path / "ranks"
+    token.write_text("of the first run, which checks that its nodes share the folder")
+    result = on_two_ranks(toy_folder, tmp_path)
+    assert lock and result.returncode and result.stderr.count("another process is writing") == 2
+    assert token.read_text().startswith("of the first run")
 
 
 def test_torchrun_names_a_dead_rank_and_restarts_all_to_the_same_bits(whole, toy_folder, tmp_path):
