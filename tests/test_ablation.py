@@ -105,6 +105,7 @@ def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(f
     assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
 def test_ctrl_c_saves_the_students_and_starts_no_others(tmp_path):
     (tmp_path / "conditions.toml").write_text(CONDITIONS.replace("--steps 1 ", "--steps 999 "))
@@ -207,6 +208,7 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     assert re.findall("rises|falls|does not change", told) == ["rises", "falls", "does not change"]
 
 
+@pytest.mark.long
 def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conditions.toml").write_text(CONDITIONS)
@@ -255,7 +257,7 @@ def test_the_conditions_are_flags_of_train_and_share_no_random_stream(committed)
     ("seeds = [0, 1]", "seeds = [0, 10]", "share a random stream"),
     ("prompt_seed = 3000", "prompt_seed = 1010", "share a random stream"),
     ("prompts = 12", "prompts =", "conditions.toml"),
-    ("--steps", "--stepz", "stepz")])  # a student that fails
+    pytest.param("--steps", "--stepz", "stepz", marks=pytest.mark.long)])  # a student that fails
 def test_wrong_conditions_are_one_line(old, new, says, tmp_path, capsys):
     (tmp_path / "conditions.toml").write_text(CONDITIONS.replace(old, new))
     assert says in complaint(capsys, ablation.main(flags(tmp_path)))

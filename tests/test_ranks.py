@@ -251,6 +251,7 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
     assert result.stderr.count("must be a folder that all nodes share") == 2
 
 
+@pytest.mark.long
 def test_a_second_run_leaves_the_first_ones_folder_alone(toy_folder, tmp_path):
     lock, token = lock_folder(tmp_path), tmp_path / "ranks"
     token.write_text("of the first run, which checks that its nodes share the folder")
