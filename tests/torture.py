@@ -1,7 +1,7 @@
 """Kill runs, fill the disk, feed damaged files to every reader, and cut the power.
 
-    make torture                                  about twelve minutes on two cores
-    make torture-ranks                            kills one of two ranks, in ten minutes
+    make torture                                  about 15 minutes on two cores
+    make torture-ranks                            kills one of two ranks, in about 15 minutes
     python -m tests.torture --seed 1 --kills 5 --files 200
 
 A run that is killed with -9 at random moments, also while it saves, must end bit for bit like one
@@ -74,7 +74,7 @@ class Torture:
     """how often to interrupt each program while it starts"""
     numbers: int = 1000
     """how often to train with random numbers in the flags"""
-    files: int = 1000
+    files: int = 800
     """how many damaged files to read"""
     ranks: bool = False
     """instead of all this, kill one of two ranks again and again"""
