@@ -348,11 +348,6 @@ def critic_loss(critic, x0, text, config, generator=None):
 # ---------------------------------------------------------------------------------------------
 
 
-def strides_for(strides, interpolator):
-    """The strides, or without an interpolator all ones: nothing could fill in the frames."""
-    return strides if interpolator is not None else (1,) * len(strides)
-
-
 def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
     """Predict x0 at each of the `timesteps`, starting from pure noise; return the last prediction.
 
@@ -361,7 +356,8 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
     them. The returned video is always at the full frame rate. Gradients, if enabled, flow through
     the last step only.
     """
-    strides = strides_for(strides, interpolator)
+    if interpolator is None:
+        strides = (1,) * len(strides)  # nothing could fill in the frames
     if (noise.shape[2] - 1) % strides[0]:
         raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
                          f"number of frames must be 1 modulo {strides[0]}")
@@ -416,7 +412,7 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
         "variance": kernels.temporal_variance(x0.detach()).mean()}
 
     if config.lambda_reg:
-        strides = strides_for(config.train_strides, interpolator)
+        strides = config.train_strides if interpolator is not None else (1,) * len(config.strides)
         reg_step = random_regression_steps(real, step, strides, generator)
         reg = regression_loss(student, real, text, reg_step, config, strides[step], generator)
         weight = cache.weigh(reg_step, reg)
