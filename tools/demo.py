@@ -39,7 +39,7 @@ from tools import page
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 DEMO_SEED = 1001  # of the page's prompts and noise: no training run uses it
-PROMPTS, BATCH_SIZE = 48, 16
+PROMPTS, BATCH_SIZE = 32, 16
 RUNS = {  # name, colour in charts, and flags of train.py
     "dmd": ("DMD", "#e0722f", ["--lambda-reg", "0", "--lambda-temp", "0"]),
     "avd": ("AVD", "#3b82d6", [])}
@@ -53,7 +53,7 @@ class Demo:
     """folder for both runs, the page and its pictures"""
     model: Path = WEIGHTS
     """folder of the teacher and its interpolator"""
-    steps: int = 40
+    steps: int = 30
     """updates of each student"""
     batch_size: int = 16
     """videos in an update"""
