@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 import tyro
@@ -105,9 +104,8 @@ def limits(name):
 
 def launcher():
     """The words before a program's flags: `python train.py`, or torchrun's."""
-    file = Path(sys.argv[0])
     size = os.environ.get("LOCAL_WORLD_SIZE")
-    return ["torchrun", "--nproc_per_node", size, file.name] if size else ["python", file.name]
+    return [*(["torchrun", "--nproc_per_node", size] if size else ["python"]), sys.argv[0]]
 
 
 class Stopwatch:

@@ -59,15 +59,20 @@ class Shards:
             raise ValueError(f"{file}: no such file; tools.encode writes it when it has finished")
         index = checkpoint.read_json(file)
         try:
-            self.latent_shape = c, f, h, w = tuple(index["latent_shape"])
+            self.latent_shape = tuple(index["latent_shape"])
             self.has_videos = bool(index["has_videos"])
-            counts = {str(shard["file"]): int(shard["count"]) for shard in index["shards"]}
+            counts = {shard["file"]: int(shard["count"]) for shard in index["shards"]}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file}: not an index from tools.encode ({error!r})") from None
+        if [type(n) for n in self.latent_shape] != [int] * 4 or not all(
+                0 < n < 2**16 for n in self.latent_shape):
+            raise ValueError(f"{file}: latent_shape is {self.latent_shape}, not c f h w")
         if not counts:
             raise ValueError(f"{file}: lists no shards")
         [null_shape] = self.shapes("null_text.safetensors", "null_text")
         for name, count in counts.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{file}: {name!r} is not the name of a file beside it")
             text, *latents = self.shapes(name, "text", *["latents"] * self.has_videos)
             if [text[0], *text[2:]] != [count, null_shape[2]] or any(
                     shape != [count, *self.latent_shape] for shape in latents):

@@ -254,8 +254,11 @@ BAD_INPUT = {
         (INDEX, delete(INDEX)),
         (INDEX, write(INDEX, b"[]")),
         (INDEX, write(INDEX, b'{"shards": []}')),
+        (f"{INDEX} '../x'", replace(INDEX, "shard.safetensors", "../x")),
+        (f"{INDEX} 7", replace(INDEX, '"shard.safetensors"', "7")),
         ("xxx.safetensors", replace(INDEX, "shard.", "x" * 5000 + ".")),
         (SHARD, replace(INDEX, '"count": 5', f'"count": {2**70}')),
+        (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 9, 8, 8])),
         (NULL_TEXT, write(NULL_TEXT, b"")),
         (f"{NULL_TEXT} finite", edit_tensors(
             NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),

@@ -100,7 +100,7 @@ def run(args):
     if args.videos:
         codec.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.out)  # noqa: F841
+    lock = lock_folder(args.out)  # noqa: F841 - held as long as this name
 
     done = {name: caption for shard in read_shards(args.out, settings).values()
             for name, caption in shard.items()}
