@@ -36,9 +36,12 @@ bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB
 gpu-check: .venv/all  ## test and time the code on your GPU; prints one block to paste
 	$(RUN) -m tools.gpu_check
 
-weights: .venv/core  ## train the toy teacher and its interpolator again
-	$(RUN) train.py teacher --out runs/teacher --compile
+weights: .venv/core  ## train the toy's teacher, interpolator and student again
+	$(RUN) train.py teacher --out runs/teacher --compile --score-prompts 512
 	$(RUN) train.py interpolator --out runs/interpolator
+	cp runs/interpolator/interpolator.safetensors runs/teacher
+	$(RUN) train.py distill --out runs/student --model runs/teacher --steps 300
+	$(RUN) -m tools.export --model runs/student --out runs/toy-student --layout original --dtype float16
 
 clean:  ## delete .venv and all runs
 	rm -rf .venv runs

@@ -5,7 +5,7 @@ The whole method, in the paper's order. A model is any callable
     velocity = model(x_t, t, text)
 
 which, for steps at a lower frame rate, also takes `frame_stride`. So the same code serves a toy of
-0.7M parameters, Wan2.1-14B, a sharded or a LoRA-wrapped model and, in the tests, a Gaussian whose
+0.9M parameters, Wan2.1-14B, a sharded or a LoRA-wrapped model and, in the tests, a Gaussian whose
 scores are known in closed form. Three diffusion models take part:
 
     student   G_omega   the few-step generator that we train; it starts as a copy of the teacher

@@ -1,6 +1,6 @@
 """Make videos from prompts, with a distilled student in four steps or with its teacher in fifty.
 
-    python sample.py "a red ball moving left fast" --model runs/demo/avd
+    python sample.py "a red ball moving left fast above a blue ball"
     python sample.py "a cat walks on grass" --model Wan2.1-T2V-1.3B --teacher
 
 Writes an mp4 for each prompt, and a contact sheet of the first ones.
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import adavid
 from runtime import cli
+from runtime.experts import load_student
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
 from runtime.models import load_config, load_interpolator
-from tiny_wan import WEIGHTS, WanModel, checkpoint, open_codec
+from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
 
 SHOWN = 16  # rows of the contact sheet
 LONGEST = 10_000  # characters of a prompt
@@ -35,8 +36,9 @@ class Sample:
     """a text file with a prompt on each line, added to those of the command line"""
     videos_per_prompt: int = 1
     """how many videos of each prompt"""
-    model: Path = WEIGHTS
-    """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file"""
+    model: Path | None = None
+    """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file; by
+    default the toy's student, or its teacher with --teacher"""
     codec: Path | None = None
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     out: Path = Path("runs/samples")
@@ -82,6 +84,7 @@ def main(argv=None):
 
 def run(args):
     device, watch = cli.pick_device(args.device), cli.Stopwatch()
+    args.model = args.model or (WEIGHTS if args.teacher else STUDENT)
     prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
@@ -95,7 +98,7 @@ def run(args):
     interpolator = None
     if not args.teacher:
         interpolator = None if args.full_rate else load_interpolator(args.model, device)
-        if interpolator is None and not args.full_rate:
+        if interpolator is None and not args.full_rate and config.strides[0] > 1:
             print("note: no interpolator.safetensors beside the model, so all steps are full rate")
         if "method" not in checkpoint.read_metadata(args.model):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
@@ -114,7 +117,7 @@ def run(args):
         null_text = null_text[None].to(device)
         text = torch.stack(text)
     with watch("load"):
-        model = WanModel.from_pretrained(args.model, dtype or torch.float32, device).eval()
+        model, sample_student = load_student(args.model, dtype or torch.float32, device)
         if args.compile:
             for block in model.blocks:
                 block.compile()
@@ -135,7 +138,7 @@ def run(args):
                 return adavid.sample_teacher(
                     counted, noise, text, null_text, args.steps, config.guidance_scale,
                     args.shift, codec.solver).cpu()
-            return adavid.sample(counted, noise, text, config, interpolator, generator).cpu()
+            return sample_student(counted, noise, text, config, interpolator, generator).cpu()
 
     names, rows, kept = file_names(prompts), [], []
     with bar:

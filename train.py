@@ -31,10 +31,10 @@ from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
-from runtime.models import load_config, load_models, load_sharded, save_student
+from runtime.models import check_fit, load_config, load_models, load_sharded, save_student
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
-from runtime.run import Run, clip_and_step, make_generator, make_generators
-from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
+from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -42,37 +42,10 @@ from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint
 
 
 @dataclass
-class Flags:
-    out: Path
-    """folder of the run; repeat the command to resume it"""
-    steps: int
-    """how many updates; for distill, cycles of one student and several critic updates"""
-    batch_size: int
-    """videos in a batch, on each GPU"""
-    seed: int = 0
-    """random seed of the data, the noise and the initial weights"""
-    save_every: int = 100
-    """steps between checkpoints"""
-    keep: int = 2
-    """how many of the newest checkpoints to keep; a damaged one is passed over. The newest has not
-    yet been followed by an update, so at least one more is kept."""
-    keep_every: int | None = None
-    """also keep every checkpoint whose step is a multiple of this"""
-    sample_every: int = 100
-    """steps between pictures of a fixed set of prompts"""
-    tensorboard: bool = False
-    """also write logs for TensorBoard, which must be installed"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """device to run on"""
-    may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
-                  "tensorboard", "lr", "critic_lr"}  # when a run is resumed
-
-
-@dataclass
 class Teacher(Flags):
     """Train the toy's teacher: flow matching on real videos, with some prompts left empty."""
 
-    steps: int = 10_000
+    steps: int = 16_000
     batch_size: int = 32
     save_every: int = 500
     sample_every: int = 1000
@@ -178,7 +151,7 @@ def train_teacher(args):
     ema = copy.deepcopy(model).requires_grad_(False)
     # Muon learns the blocks' matrices in half the steps that AdamW takes; it is for matrices alone.
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, {"lr": args.lr, "momentum": 0.95, "weight_decay": 0.01})
     others = set(model.parameters()) - set(matrices)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p in others], betas=(0.9, 0.99))
     forward = torch.compile(model) if args.compile else model
@@ -227,6 +200,37 @@ def train_teacher(args):
         ema.half().save_pretrained(args.out, metadata={
             "avd": numbers.to_json(), "seed": str(args.seed), "minutes": f"{run.minutes():.0f}",
             "scores": json.dumps(scores)})
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices (arXiv 2502.16982), with updates as large as AdamW's.
+
+    Like torch.optim.Muon with "match_rms_adamw", but in float32. That one orthogonalises in
+    bfloat16, which made half of a step's time on CPUs without bfloat16 units.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalised(p.grad.lerp(average, momentum))  # Nesterov's
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * lr * max(p.shape) ** 0.5)
+
+
+def orthogonalised(matrix, iterations=5):
+    """A matrix with the same singular vectors, and singular values near one (Newton-Schulz)."""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def drop_words(prompt, u):
@@ -430,25 +434,11 @@ def load_batches(args, fetch, update, device):
                make_generators(args.seed, "distill", sample_indices(args, batch)))
 
 
-def adamw(model, lr, config):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr,
-                             betas=config.betas, weight_decay=config.weight_decay)
-
-
 def check_flags(args, data):
     """ValueError unless the flags, the models and the data fit together."""
-    load_config(args.model)  # raises the error that `main` ignored
-    if args.out.resolve() == checkpoint.home(args.model).resolve():
-        raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
+    check_fit(args, data)
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
-    there = data.latent_shape[0], data.null_text.shape[-1]
-    for model in (args.model, args.init_student or args.model):
-        takes = WanConfig.from_pretrained(model)
-        if (takes.in_dim, takes.text_dim) != there:
-            raise ValueError(
-                f"{args.data or 'the toy world'} has {there[0]} channels and text of width "
-                f"{there[1]}, but {model} takes {takes.in_dim} and {takes.text_dim}")
     if args.avd.lambda_reg and not data.has_videos:
         raise ValueError(f"{args.data}: has no videos to learn from; use --lambda-reg 0 to train "
                          f"without them")

@@ -16,6 +16,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
@@ -196,8 +197,8 @@ def list_checkpoints(out, last=math.inf):
 def flags(args):
     """The flags that must not change on resuming, and the videos in an update over all ranks."""
     values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()}
-    if "avd" in values:
-        values |= vars(values.pop("avd"))
+    for name in [name for name, value in values.items() if is_dataclass(value)]:
+        values |= vars(values.pop(name))
     for name in {"batch_size", "accumulate"} | args.may_change:
         values.pop(name, None)
     values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()

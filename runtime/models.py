@@ -10,7 +10,7 @@ import adavid
 from runtime import cli
 from runtime.distributed import full_tensor, rank, shard
 from runtime.lora import add_adapters
-from tiny_wan import WanModel, checkpoint
+from tiny_wan import WanConfig, WanModel, checkpoint
 
 
 def load_config(path):
@@ -45,6 +45,20 @@ class Models(NamedTuple):
     student: torch.nn.Module
     critic: torch.nn.Module
     interpolator: adavid.FrameInterpolator | None
+
+
+def check_fit(args, data):
+    """ValueError unless the output's folder, the models and the data fit together."""
+    load_config(args.model)  # raises the error that `main` ignored
+    if args.out.resolve() == checkpoint.home(args.model).resolve():
+        raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
+    there = data.latent_shape[0], data.null_text.shape[-1]
+    for model in (args.model, args.init_student or args.model):
+        takes = WanConfig.from_pretrained(model)
+        if (takes.in_dim, takes.text_dim) != there:
+            raise ValueError(
+                f"{args.data or 'the toy world'} has {there[0]} channels and text of width "
+                f"{there[1]}, but {model} takes {takes.in_dim} and {takes.text_dim}")
 
 
 def load_models(args, device):

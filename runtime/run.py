@@ -1,4 +1,4 @@
-"""What the loops of train.py share: random generators, the optimizer's step, a run's folder.
+"""What training loops share: flags, random generators, the optimizer's step, a run's folder.
 
 All ranks agree on whether an update is skipped, and on when to stop.
 """
@@ -13,6 +13,9 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Literal
 
 try:
     import fcntl
@@ -40,6 +43,35 @@ from tiny_wan import checkpoint
 MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
 MOTION_WINDOW = 20  # steps over which the students' motion is compared with the data's
 
+@dataclass
+class Flags:
+    """What every training program takes."""
+
+    out: Path
+    """folder of the run; repeat the command to resume it"""
+    steps: int
+    """how many updates; for distill, cycles of one student and several critic updates"""
+    batch_size: int
+    """videos in a batch, on each GPU"""
+    seed: int = 0
+    """random seed of the data, the noise and the initial weights"""
+    save_every: int = 100
+    """steps between checkpoints"""
+    keep: int = 2
+    """how many of the newest checkpoints to keep; a damaged one is passed over. The newest has not
+    yet been followed by an update, so at least one more is kept."""
+    keep_every: int | None = None
+    """also keep every checkpoint whose step is a multiple of this"""
+    sample_every: int = 100
+    """steps between pictures of a fixed set of prompts"""
+    tensorboard: bool = False
+    """also write logs for TensorBoard, which must be installed"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """device to run on"""
+    may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
+                  "tensorboard", "lr", "critic_lr"}  # when a run is resumed
+
+
 # ---------------------------------------------------------------------------------------------
 # Randomness, and a step of the optimizer
 # ---------------------------------------------------------------------------------------------
@@ -57,6 +89,11 @@ def make_generator(*key):
 def make_generators(seed, purpose, indices):
     """A generator for each sample, by its index in the whole run, in any batch and on any rank."""
     return [make_generator(seed, purpose, i) for i in indices]
+
+
+def adamw(model, lr, config):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr,
+                             betas=config.betas, weight_decay=config.weight_decay)
 
 
 def clip_and_step(model, optimizers, max_norm, loss):
@@ -234,9 +271,8 @@ class Run:
 
 def lower_rates(args):
     """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
-    numbers, usual = args, type(args)
-    if hasattr(args, "avd"):
-        numbers, usual = args.avd, load_config(args.model)
+    numbers = next(filter(is_dataclass, vars(args).values()), args)
+    usual = load_config(args.model) if hasattr(args, "avd") else type(numbers)
     return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
         cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 

@@ -20,7 +20,7 @@ import sample
 import train
 from adavid import FrameInterpolator
 from tests import miniature_wan
-from tiny_wan import checkpoint
+from tiny_wan import ToyCodec, checkpoint
 from tiny_wan.checkpoint import FILE
 from tools import encode, export
 
@@ -261,7 +261,7 @@ BAD_INPUT = {
         (f"{INDEX} latent_shape", edit_json(INDEX, latent_shape=[-12, 9, 8, 8])),
         (NULL_TEXT, write(NULL_TEXT, b"")),
         (f"{NULL_TEXT} finite", edit_tensors(
-            NULL_TEXT, {"null_text": torch.full((1, 1, 15), NAN)})),
+            NULL_TEXT, {"null_text": torch.full((1, 1, ToyCodec.text_dim), NAN)})),
         (NULL_TEXT, write(NULL_TEXT, save({"x": torch.zeros(1)}))),
         (NULL_TEXT, write(NULL_TEXT, save({"null_text": torch.zeros(1, 2)}))),
         (SHARD, edit_tensors(SHARD, {"latents": None})),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -19,7 +20,7 @@ from adavid import AVDConfig, FrameInterpolator
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
 from runtime.data import write_toy_shards
-from tiny_wan import WanConfig, WanModel
+from tiny_wan import PRESETS, ToyCodec, WanModel
 from tools import encode
 
 ROOT = Path(train.__file__).parent
@@ -102,7 +103,7 @@ class Inputs:
 def make_toy(folder, _):
     """A teacher of the toy world, random and very small, with an interpolator beside it."""
     torch.manual_seed(0)
-    model = WanModel(WanConfig(32, 64, 2, 1, in_dim=12, out_dim=12, text_dim=15, text_len=8))
+    model = WanModel(replace(PRESETS["tiny"], dim=32, ffn_dim=64, num_heads=2, num_layers=1))
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
     config = AVDConfig(guidance_scale=3.0, lr=1e-3, critic_lr=1e-3, temporal_truncation=-5.0)
@@ -123,8 +124,8 @@ def make_sharded(folder, inputs):
     """A toy model in Diffusers' layout, in shards."""
     from tests import miniature_wan
 
-    miniature_wan.transformer(in_channels=12, out_channels=12, text_dim=15).save_pretrained(
-        folder, max_shard_size="200KB")
+    model = miniature_wan.transformer(in_channels=12, out_channels=12, text_dim=ToyCodec.text_dim)
+    model.save_pretrained(folder, max_shard_size="200KB")
 
 
 def make_shards(folder, _):

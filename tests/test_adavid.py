@@ -152,7 +152,7 @@ def test_decoupled_sampler_equals_its_steps_written_out():
     torch.manual_seed(0)
     model, interpolator = random_model(PRESETS["tiny"]), FrameInterpolator(12, width=16)
     torch.nn.init.normal_(interpolator.out.weight, std=0.1)
-    noise, text = randn(2, 12, 9, 4, 4), randn(2, 6, 15, seed=1)
+    noise, text = randn(2, 12, 9, 4, 4), randn(2, 6, PRESETS["tiny"].text_dim, seed=1)
     ours = adavid.sample(model, noise, text, AVDConfig(), interpolator,
                          torch.Generator().manual_seed(5))
     with torch.no_grad():

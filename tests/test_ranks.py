@@ -11,7 +11,7 @@ from runtime.checkpoints import list_checkpoints
 from runtime.run import lock_folder
 from tests import miniature_wan
 from tests.helpers import ROOT, distill, equal, read_lines, saved, torchrun
-from tiny_wan import WanModel
+from tiny_wan import ToyCodec, WanModel
 from tools import export
 
 
@@ -153,7 +153,7 @@ def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder)
     teacher, student, critic = lora.add_adapters(base, 4, ("student", "critic"))
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 12, 3, 8, 8, generator=g), torch.tensor([1000.0, 522.0])
-    text = torch.randn(2, 3, 15, generator=g)
+    text = torch.randn(2, 3, ToyCodec.text_dim, generator=g)
     assert all(torch.equal(m(x, t, text), plain(x, t, text)) for m in (teacher, student, critic))
 
     for p in student.parameters():
@@ -180,7 +180,8 @@ def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder
         if name.endswith("lora_A.student"):
             layer.register_forward_hook(
                 lambda _, inputs, out: seen.add((inputs[0].dtype, out.dtype)))
-    v = student(torch.randn(1, 12, 3, 8, 8), torch.tensor([757.0]), torch.randn(1, 3, 15))
+    v = student(torch.randn(1, 12, 3, 8, 8), torch.tensor([757.0]),
+                torch.randn(1, 3, ToyCodec.text_dim))
     v.square().mean().backward()
     assert seen == {(torch.bfloat16, torch.bfloat16)}
     assert {p.grad.dtype for p in student.parameters()} == {torch.float32}

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import baselines
 import sample
 import train
 from tests import miniature_wan
 from tests.helpers import ROOT, read_lines, torchrun, write_clips
 from tools import ablation, bench, demo, encode, export, gpu_check, plan
+from tools import world as tool_world
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 TRAINING, WAN = ROOT / "docs" / "training.md", ROOT / "docs" / "wan.md"
@@ -24,7 +26,8 @@ PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": ablation.main,
             "tools.bench": bench.main, "tools.demo": demo.main, "tools.encode": encode.main,
             "tools.export": export.main, "tools.gpu_check": gpu_check.main,
-            "tools.plan": plan.main}
+            "tools.plan": plan.main, "tools.world": tool_world.main,
+            "baselines.py": baselines.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}
@@ -126,9 +129,8 @@ def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path,
         assert list(Path("runs").glob(f"*/{file}")), file
 
 
-def test_the_readmes_commands_are_those_of_the_docs(toy_folder, tmp_path, monkeypatch):
+def test_the_readmes_commands_are_those_of_the_docs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(toy_folder, "runs/demo/avd")
     toy, *wan = [line for line in commands(README) if not line.startswith((".", "make"))]
     assert run(toy, {}) == "sample.py"
     assert len(wan) == 4 and set(wan) < set(commands(WAN))
@@ -137,9 +139,10 @@ def test_the_readmes_commands_are_those_of_the_docs(toy_folder, tmp_path, monkey
 def test_flags_in_the_docs_exist(capsys):
     known = {"--local-dir", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
              "--maxprocesses", "--ranks"}  # of hf, torchrun, pytest and torture
-    stages = [["teacher"], ["interpolator"], ["distill"]]
+    stages = {"train.py": [["teacher"], ["interpolator"], ["distill"]],
+              "baselines.py": [["lcm"]], "tools.plan": [["distill"], ["sample"]]}
     for name, main in PROGRAMS.items():
-        for stage in {"train.py": stages, "tools.plan": [["distill"], ["sample"]]}.get(name, [[]]):
+        for stage in stages.get(name, [[]]):
             assert main([*stage, "--help"]) == 0
             known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     for page in PAGES:

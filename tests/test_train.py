@@ -193,6 +193,24 @@ def test_a_folder_that_vanishes_is_not_made_again(toy_folder, tmp_path, capsys, 
     assert not out.exists() and list_checkpoints(tmp_path / "gone")
 
 
+def test_muon_is_torchs_up_to_its_bfloat16():
+    g = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=g))
+            for shape in ((8, 8), (24, 8), (8, 24))]
+    start = [p.detach().clone() for p in ours]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizers = [
+        train.Muon(ours, {"lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01}),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = q.grad = torch.randn(p.shape, generator=g)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - before).norm()
+
+
 # --- what stops a run, and what a run reports --------------------------------------------------
 
 @pytest.mark.parametrize("signals, code", [

@@ -5,6 +5,8 @@ from pathlib import Path
 from tiny_wan.codec import ToyCodec, WanCodec, open_codec
 from tiny_wan.model import PRESETS, WanConfig, WanModel
 
-__all__ = ["PRESETS", "WEIGHTS", "ToyCodec", "WanCodec", "WanConfig", "WanModel", "open_codec"]
+__all__ = ["PRESETS", "STUDENT", "WEIGHTS", "ToyCodec", "WanCodec", "WanConfig", "WanModel",
+           "open_codec"]
 
 WEIGHTS = Path(__file__).parent / "weights"  # of a toy teacher, and of its interpolator
+STUDENT = WEIGHTS / "student"  # distilled from it

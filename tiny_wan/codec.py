@@ -53,12 +53,14 @@ def check_size(name, size, step, remainder=0):
 class ToyCodec(Codec):
     """The toy world's counterpart of UMT5 and the VAE: one-hot words, and lossless 2 x 2 patches.
 
-    The factor 8 gives latents about unit variance, as the VAE's normalisation does for Wan.
+    Cross-attention sees no order of words. So words after "above" or "beside" get numbers of their
+    own, or no model could tell which of two balls a word is about. The factor 9 gives latents about
+    unit variance, as the VAE's normalisation does for Wan.
     """
 
     frames, height, width, fps = world.FRAMES, world.SIZE, world.SIZE, 8
     channels, time_factor, space_factor = 12, 1, 2
-    text_dim, negative_prompt = len(world.VOCABULARY), ""
+    text_dim, negative_prompt = 2 * len(world.VOCABULARY), ""
     solver, batch_size = "euler", 16  # defaults for sampling
 
     def encode_text(self, prompts):
@@ -73,18 +75,21 @@ class ToyCodec(Codec):
         longest = max([1, *(len(p.split()) for p in prompts)])
         text = torch.zeros(len(prompts), longest, self.text_dim)
         for row, prompt in zip(text, prompts):
+            offset = 0
             for place, word in enumerate(prompt.split()):
-                row[place, world.VOCABULARY.index(word)] = 1
+                row[place, offset + world.VOCABULARY.index(word)] = 1
+                if word in world.RELATIONS:
+                    offset = len(world.VOCABULARY)
         return text
 
     def encode(self, video):
         """RGB videos in [0, 1] `[b, 3, f, h, w]` -> latents `[b, 12, f, h/2, w/2]`."""
-        return rearrange(8 * (video - 0.5), "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2)
+        return rearrange(9 * (video - 0.5), "b c f (h p) (w q) -> b (c p q) f h w", p=2, q=2)
 
     def decode(self, latents):
         """Latents -> RGB videos, clamped to [0, 1]."""
         video = rearrange(latents, "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
-        return (video / 8 + 0.5).clamp(0, 1)
+        return (video / 9 + 0.5).clamp(0, 1)
 
 
 class WanCodec(Codec):

@@ -1,4 +1,4 @@
-"""The Wan2.1 text-to-video transformer: one class, from a toy of 0.7M parameters to 14B.
+"""The Wan2.1 text-to-video transformer: one class, from a toy of 0.9M parameters to 14B.
 
     model = WanModel(PRESETS["tiny"]).init_weights()      # or WanModel.from_pretrained(folder)
     velocity = model(x_t, t, text)
@@ -59,7 +59,7 @@ class WanConfig:
 
 
 PRESETS = {  # dim, ffn_dim, num_heads, num_layers
-    "tiny": WanConfig(96, 384, 4, 4, in_dim=12, out_dim=12, text_dim=15, text_len=8),
+    "tiny": WanConfig(96, 384, 4, 5, in_dim=12, out_dim=12, text_dim=34, text_len=16),
     "wan-1.3b": WanConfig(1536, 8960, 12, 30),
     "wan-14b": WanConfig(5120, 13824, 40, 40),
 }

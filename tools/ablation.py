@@ -33,9 +33,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import adavid
+import baselines
 import train
 from runtime import cli
 from runtime.data import INDEX, write_toy_shards
+from runtime.experts import load_student
 from runtime.models import load_config, load_interpolator
 from runtime.run import make_generator
 from sample import sample_batches
@@ -54,6 +56,7 @@ COLUMNS = {
     "dynamic_named": "dynamic degree on named prompts",
     "dynamic_open": "dynamic degree on open prompts", "motion": "motion",
     "motion_open": "motion on open prompts", "saturation": "saturation", "flicker": "flicker",
+    **{failure: failure for failure in world.FAILURES},
     "ground": "background brightness", "diversity": "diversity", "frechet": "Fréchet distance",
     "gflops": "GFLOPs", "seconds": "seconds",
     **{f"reg_std_{t}": f"spread of losses at t = {t}" for t in TIMESTEPS},
@@ -96,10 +99,15 @@ def run(args):
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
         pool = multiprocessing.get_context("spawn").Pool(
             min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
-        with pool:
-            done = pool.imap_unordered(functools.partial(job, args.out, conditions), jobs.items())
-            for lines in tqdm(done, "ablation", len(jobs), unit="job"):
-                measured.save(lines)
+        starts = {student["init"] for student in conditions["students"].values()
+                  if "init" in student}  # are trained before what starts from them
+        with pool, tqdm(desc="ablation", total=len(jobs), unit="job") as bar:
+            for first in (True, False):
+                some = [item for item in jobs.items() if (item[0][0] in starts) == first]
+                for lines in pool.imap_unordered(functools.partial(job, args.out, conditions),
+                                                 some):
+                    measured.save(lines)
+                    bar.update()
     write_pages(args, measured)
 
 
@@ -163,18 +171,22 @@ def job(out, conditions, item):
     folder = out / f"{name}-{seed}" if name else WEIGHTS
     if name:
         student = conditions["students"][name]
-        argv = ["distill", "--out", str(folder), "--seed", str(seed), "--device", "cpu",
-                *shlex.split(conditions["flags"]), *shlex.split(student.get("flags", ""))]
+        program = baselines if "method" in student else train
+        argv = [student.get("method", "distill"), "--out", str(folder), "--seed", str(seed),
+                "--device", "cpu", *shlex.split(conditions["flags"]),
+                *shlex.split(student.get("flags", ""))]
         if "data" in student:
             shards = out / f"data-{student['data']}-{seed}"
             if not (shards / INDEX).is_file():
                 write_shards(shards, seed, **conditions["data"][student["data"]])
             argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
+        if "init" in student:
+            argv += ["--init-student", str(out / f"{student['init']}-{seed}")]
         if "replace" in student:
             adavid.temporal_loss = relative_temporal_loss
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
-            code = train.main(argv)
+            code = program.main(argv)
         if code:
             raise ValueError(f"{folder}: {(folder / 'log.txt').read_text().splitlines()[-1]}")
     return [measure(conditions, row, folder, seed) for row in rows]
@@ -216,7 +228,7 @@ def spoil(kind, video, generator):
 
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    model = WanModel.from_pretrained(folder, torch.float32, device).eval()
+    model, sample_student = load_student(folder, torch.float32, device)
     config, interpolator = load_config(folder), load_interpolator(folder, device)
     if "steps" in row:
         null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
@@ -231,7 +243,7 @@ def sampler_of(row, folder, device="cpu"):
     def renumbered(x, t, text, frame_stride=1):
         return model(x, t, text)
 
-    return lambda noise, text, generator: adavid.sample(
+    return lambda noise, text, generator: sample_student(
         renumbered if row.get("renumbered") else model, noise, text, config, interpolator,
         generator)
 
@@ -252,9 +264,10 @@ def measure(conditions, name, folder, seed):
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
             "scores": {key: [None if v != v else round(v, 4) for v in scores[key].tolist()]
                        for key in ("instance", "prompt", "dynamic", "direction", "speed",
-                                   "saturation", "flicker")},
-            "ground": world.read(video)["ground"].mean().item(),
-            "diversity": world.diversity(video, real), "frechet": frechet(video, real),
+                                   "saturation", "flicker", *world.FAILURES)},
+            "ground": scores["ground"].mean().item(),
+            "diversity": world.diversity(video, real, prompts),
+            "frechet": frechet(video, real, prompts),
             "gflops": flops / 1e9, "seconds": seconds}
     if "student" in row:
         log = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
@@ -269,7 +282,7 @@ def measure(conditions, name, folder, seed):
 def weights(folder, log, real, text):
     """The mean weight at each step that a finished student gives to each kind of real videos."""
     config, codec, result = load_config(folder), ToyCodec(), {}
-    if not config.lambda_reg:
+    if not any(name.startswith("cache_") for name in log):
         return result
     student = WanModel.from_pretrained(folder, torch.float32)
     for kind in ("reliable", *KINDS):
@@ -285,11 +298,11 @@ def weights(folder, log, real, text):
     return result
 
 
-def frechet(video, real):
-    """The Fréchet distance between normal distributions of the oracle's readings, each in units of
-    its spread over real videos."""
-    ours, theirs = (torch.stack([world.read(v)[name] for name in READINGS]).double()
-                    for v in (video, real))
+def frechet(video, real, prompts):
+    """The Fréchet distance between normal distributions of the first balls' readings, each in units
+    of its spread over real videos."""
+    ours, theirs = (torch.stack([read[name][:, 0] for name in READINGS]).double()
+                    for read in (world.read(v, prompts) for v in (video, real)))
     mean, std = theirs.mean(1, keepdim=True), theirs.std(1, keepdim=True)
     ours, theirs = (ours - mean) / std, (theirs - mean) / std
     cov, real_cov = ours.cov(), theirs.cov()

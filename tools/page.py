@@ -87,13 +87,16 @@ def video_table(heads, rows):
 def shown(prompts):
     """The numbers of at most eight prompts of the toy world that are worth showing.
 
-    They alternate: one of each colour that leaves the motion open, and one of each direction.
+    They alternate: one that leaves all motion open, and one that names the motion of all balls.
+    Both kinds alternate between one ball and two.
     """
-    open_prompts, named_prompts = {}, {}
-    for i, words in enumerate(prompt.split() for prompt in prompts):
-        kinds, kind = (named_prompts, words[4]) if len(words) > 3 else (open_prompts, words[1])
-        kinds.setdefault(kind, i)
-    return [i for pair in zip(open_prompts.values(), named_prompts.values()) for i in pair]
+    kinds = {}
+    for i, prompt in enumerate(prompts):
+        balls, moving = prompt.count("ball"), prompt.count("moving")
+        if moving in (0, balls):
+            kinds.setdefault((balls, moving > 0), []).append(i)
+    order = [kinds.get(kind, []) for kind in ((1, False), (1, True), (2, False), (2, True))]
+    return [i for group in zip(*order) for i in group][:8]
 
 
 def moving_picture(video):
