@@ -241,8 +241,8 @@ def draw_gif(path, columns, prompts):
         name, steps = (re.split("[,\n]", text)[0] for text in (column.name, column.text))
         axes.set_title(f"{name}\n{steps}", color="white")
     for row, (i, prompt) in zip(grid, prompts.items()):
-        row[0].set_ylabel(prompt.replace(" moving", "\nmoving"), color="white", rotation=0,
-                          ha="right", va="center")
+        row[0].set_ylabel(re.sub(" (moving|above|beside)", r"\n\1", prompt), color="white",
+                          rotation=0, ha="right", va="center")
         for axes, column in zip(row, columns):
             axes.set(xticks=[], yticks=[])
             video = rearrange(column.videos[i], "c f h w -> f h w c").numpy()
