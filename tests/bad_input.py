@@ -20,6 +20,7 @@ import sample
 import train
 from adavid import FrameInterpolator
 from tests import miniature_wan
+from tests.helpers import FOUR_STEPS
 from tiny_wan import ToyCodec, checkpoint
 from tiny_wan.checkpoint import FILE
 from tools import encode, export
@@ -207,8 +208,9 @@ BAD_INPUT = {
         (f"diffusers/vae '{CONV}' finite", edit_tensors(VAE, {CONV: torch.full((16,), INF)})),
         ("frames 80 77 81", "--frames 80"),
         ("width 8 16", "--width 8"),
-        ("frames 13 9 17", "--frames 13", lambda: FrameInterpolator(16, width=8).save_pretrained(
-            Path("diffusers/interpolator.safetensors"))),
+        ("frames 13 9 17", "--frames 13", edit_tensors(WAN, {}, avd=FOUR_STEPS.to_json()),
+         lambda: FrameInterpolator(16, width=8).save_pretrained(
+             Path("diffusers/interpolator.safetensors"))),
     ],
     "sample original": [
         ("original VAE --codec", delete(VAE_PTH)),

@@ -26,6 +26,8 @@ from tools import encode
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CLIP = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]
+# For tests that expect these steps, whatever the defaults are: exercises change those.
+FOUR_STEPS = AVDConfig((1000, 900, 757, 522), (2, 2, 1, 1), (1, 1, 1, 1))
 
 # ---------------------------------------------------------------------------------------------
 # Programs, and what they leave
@@ -106,7 +108,8 @@ def make_toy(folder, _):
     model = WanModel(replace(PRESETS["tiny"], dim=32, ffn_dim=64, num_heads=2, num_layers=1))
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
-    config = AVDConfig(guidance_scale=3.0, lr=1e-3, critic_lr=1e-3, temporal_truncation=-5.0)
+    config = replace(FOUR_STEPS, guidance_scale=3.0, lr=1e-3, critic_lr=1e-3,
+                     temporal_truncation=-5.0)
     model.save_pretrained(folder, metadata={"avd": config.to_json()})
     interpolator = FrameInterpolator(12, width=8)
     torch.nn.init.normal_(interpolator.out.weight, std=0.05)

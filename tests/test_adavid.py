@@ -1,13 +1,14 @@
 """The method's functions, each against its equation and its contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import adavid
 from adavid import AVDConfig, FrameInterpolator, LossMeanCache
-from tests.helpers import random_model
+from tests.helpers import FOUR_STEPS, random_model
 from tiny_wan import PRESETS
 
 
@@ -84,8 +85,8 @@ def test_regression_at_a_rate_sees_every_second_frame_and_is_told_so():
 def test_bf16_latents_do_not_round_the_timesteps():
     """bfloat16 has no 757: the student would learn at 756 and sample at 757."""
     student, real = Recorder(), randn(4, 3, 5, 2, 2).bfloat16()
-    adavid.regression_loss(student, real, None, torch.arange(4), AVDConfig())
-    adavid.sample(student, real, None, AVDConfig())
+    adavid.regression_loss(student, real, None, torch.arange(4), FOUR_STEPS)
+    adavid.sample(student, real, None, FOUR_STEPS)
     assert student.calls[0][1].tolist() == [1000, 900, 757, 522]
     assert [call[1][0].item() for call in student.calls[1:]] == [1000, 900, 757, 522]
     assert len(adavid.random_timesteps(real.repeat(64, 1, 1, 1, 1), AVDConfig()).unique()) > 200
@@ -153,10 +154,10 @@ def test_decoupled_sampler_equals_its_steps_written_out():
     model, interpolator = random_model(PRESETS["tiny"]), FrameInterpolator(12, width=16)
     torch.nn.init.normal_(interpolator.out.weight, std=0.1)
     noise, text = randn(2, 12, 9, 4, 4), randn(2, 6, PRESETS["tiny"].text_dim, seed=1)
-    ours = adavid.sample(model, noise, text, AVDConfig(), interpolator,
+    ours = adavid.sample(model, noise, text, FOUR_STEPS, interpolator,
                          torch.Generator().manual_seed(5))
     with torch.no_grad():
-        theirs = reference_sampler(model, noise, text, AVDConfig(), interpolator,
+        theirs = reference_sampler(model, noise, text, FOUR_STEPS, interpolator,
                                    torch.Generator().manual_seed(5))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -166,8 +167,8 @@ def test_decoupled_sampler_equals_its_steps_written_out():
     ((4, 4, 1, 1), [6, 6, 21, 21]), ((4, 4, 4, 4), [6, 6, 6, 6]), ((1, 1, 1, 1), [21] * 4)])
 def test_each_step_runs_at_its_own_rate_and_the_video_is_full_rate(strides, frames):
     student = Recorder()
-    video = adavid.sample(student, randn(1, 4, 21, 2, 2), None, AVDConfig(strides=strides),
-                          FrameInterpolator(4, width=16))
+    video = adavid.sample(student, randn(1, 4, 21, 2, 2), None,
+                          replace(FOUR_STEPS, strides=strides), FrameInterpolator(4, width=16))
     assert [call[0].shape[2] for call in student.calls] == frames
     assert [call[2].get("frame_stride", 1) for call in student.calls] == list(strides)
     assert video.shape[2] == 21
@@ -175,7 +176,7 @@ def test_each_step_runs_at_its_own_rate_and_the_video_is_full_rate(strides, fram
 
 def test_frames_that_do_not_fit_the_stride_are_refused():
     with pytest.raises(ValueError, match="1 modulo 2"):
-        adavid.sample(Recorder(), randn(1, 4, 8, 2, 2), None, AVDConfig(), FrameInterpolator(4))
+        adavid.sample(Recorder(), randn(1, 4, 8, 2, 2), None, FOUR_STEPS, FrameInterpolator(4))
 
 
 def test_a_model_of_any_dtype_gets_its_own_dtype_at_every_step():
@@ -201,7 +202,7 @@ def test_teacher_sampler_takes_guided_euler_steps_on_the_shifted_grid():
 
 def test_half_rate_training_scores_full_videos_and_its_gradient_passes_the_interpolator():
     weight = torch.ones((), requires_grad=True)
-    config = AVDConfig(train_strides=(2, 2, 1, 1))
+    config = replace(FOUR_STEPS, train_strides=(2, 2, 1, 1))
     net = FrameInterpolator(4).requires_grad_(False)
     x0 = adavid.backward_simulation(lambda x, t, text, frame_stride=1: weight * x,
                                     randn(1, 4, 5, 2, 2), None, 1, config, net)
@@ -221,7 +222,7 @@ def test_student_losses_add_up_to_equation_9():
     student, teacher, critic = lambda x, t, text: weight * x, Recorder(), Recorder(torch.sin)
     terms = adavid.student_losses(
         student, teacher, critic, LossMeanCache(4), randn(4, 4, 5, 4, 4), randn(4, 3, 6),
-        torch.zeros(1, 0, 6), 1, AVDConfig(temporal_truncation=-100.0))
+        torch.zeros(1, 0, 6), 1, replace(FOUR_STEPS, temporal_truncation=-100.0))
     (first, parts), (second, reg) = terms
     torch.testing.assert_close(first, parts["dmd"] + 0.05 * parts["temp"])
     torch.testing.assert_close(second, 2.0 * (reg["weight"] * reg["reg"]).mean())
@@ -247,4 +248,4 @@ def test_config_has_the_papers_values():
     {"t_range": (980, 20)}, {"ema_decay": 7.0}, {"k": -3.0}, {"critic_updates": -1}])
 def test_config_refuses_schedules_that_make_no_sense(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        AVDConfig(**wrong)
+        replace(FOUR_STEPS, **wrong)

@@ -1,10 +1,12 @@
 """torch.compile makes one graph, without a break, of the model, of each loss and of the sampler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import adavid
-from tests.helpers import random_model
+from tests.helpers import FOUR_STEPS, random_model
 from tiny_wan import WanConfig
 
 CONFIG = WanConfig(48, 96, 4, 1, in_dim=4, out_dim=4, text_dim=15, text_len=8)
@@ -44,7 +46,7 @@ def test_the_model_compiles_for_any_length_and_frame_rate(models):
 @pytest.mark.parametrize("strides, step", [((1, 1, 1, 1), 3), ((2, 2, 1, 1), 1)])
 def test_a_student_step_compiles(models, strides, step):
     student, teacher, critic = models
-    config, cache = adavid.AVDConfig(train_strides=strides), adavid.LossMeanCache(4)
+    config, cache = replace(FOUR_STEPS, train_strides=strides), adavid.LossMeanCache(4)
     interpolator = adavid.FrameInterpolator(4, 8)
     real, _, text = inputs()
 

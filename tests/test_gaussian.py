@@ -21,6 +21,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import adavid
+from tests.helpers import FOUR_STEPS
 
 SHAPE, D = (1, 2, 1, 2), 4  # c f h w
 SIGMA = 0.2  # where a whole distillation is predicted
@@ -289,9 +290,9 @@ def test_four_steps_of_posterior_means_lose_two_thirds_of_the_variance(monkeypat
     """Where regression ends without distribution matching."""
     z, *renoise = normals(4)
     draw_in_turn(monkeypatch, renoise)
-    config, variances = adavid.AVDConfig(), torch.zeros(D)
-    x0 = adavid.sample(REAL, z, prompts(z), config).flatten(1)
-    for sigma in (t / 1000 for t in config.timesteps):
+    variances = torch.zeros(D)
+    x0 = adavid.sample(REAL, z, prompts(z), FOUR_STEPS).flatten(1)
+    for sigma in (t / 1000 for t in FOUR_STEPS.timesteps):
         gain = (1 - sigma) * REAL.variances / ((1 - sigma)**2 * REAL.variances + sigma**2)
         variances = gain**2 * ((1 - sigma)**2 * variances + sigma**2)
     assert_close(x0.mean(0), REAL.mean)

@@ -13,6 +13,7 @@ import adavid
 import sample
 from runtime.models import load_config
 from tests import miniature_wan
+from tests.helpers import FOUR_STEPS
 from tiny_wan import WEIGHTS, WanCodec, WanConfig, WanModel, checkpoint, open_codec
 from tiny_wan import codec as codec_module
 from tiny_wan.checkpoint import FILE
@@ -46,7 +47,7 @@ def student(tmp_path):
     """A student as train.py leaves it: the transformer alone, in the original layout."""
     miniature_wan.transformer(seed=5).save_pretrained(tmp_path / "theirs")
     WanModel.from_pretrained(tmp_path / "theirs").save_pretrained(
-        tmp_path / "student", metadata={"method": "AVD", "avd": adavid.AVDConfig().to_json()})
+        tmp_path / "student", metadata={"method": "AVD", "avd": FOUR_STEPS.to_json()})
     return tmp_path / "student"
 
 
@@ -146,7 +147,7 @@ def test_an_exported_student_runs_in_stock_diffusers(pipe, student, tmp_path):
     text = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, max_sequence_length=512)
     noise = torch.randn(other.shape, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(7)
-    ours = adavid.sample(WanModel.from_pretrained(student), noise, text[0], adavid.AVDConfig())
+    ours = adavid.sample(WanModel.from_pretrained(student), noise, text[0], FOUR_STEPS)
     assert other.std() > 0.5 and (ours - other).abs().max() <= 1e-4
 
 

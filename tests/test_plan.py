@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import adavid
+from tests.helpers import FOUR_STEPS
 from tiny_wan import PRESETS, WanConfig
 from tools import costs, plan
 
@@ -19,6 +20,11 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 FORMULAS = {  # which FlopCounterMode has for a GPU's flash attention, and not for a CPU's
     FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     FLASH_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+
+
+@pytest.fixture(autouse=True)
+def four_steps(monkeypatch):
+    monkeypatch.setattr(plan, "AVD", FOUR_STEPS)
 
 
 class Real:
