@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class BaselineConfig(AVDConfig):
     heads_width: int = 1024
     """DCM: channels of the discriminator's heads; their learning rate is `critic_lr`"""
     tangent: Literal["jvp", "fd", "discrete"] = "jvp"
-    """rCM: exact derivative along the ODE, finite difference (for float32), or steps of the grid"""
+    """rCM: exact derivative along the ODE, finite difference (in float32), or steps of the grid"""
     tangent_step: float = 1e-4
     """rCM: step in sigma of the finite difference (h)"""
     consistency_weight: float = 0.07
@@ -88,21 +88,20 @@ class BaselineConfig(AVDConfig):
     share: float = 0.5
     """DFD: share of the samples for which the teacher looks at a real video"""
 
+    limits: ClassVar = AVDConfig.limits | {
+        "grid": (2, 10_000), "huber": (1e-15, HUGE), "target_ema": (0.0, 1.0), "split": (1, 9999),
+        "lag": (1, 1024), "adversarial_weight": (0.0, HUGE), "feature_weight": (0.0, HUGE),
+        "heads_width": (32, 2**14), "tangent_step": (TINY, 1.0), "consistency_weight": (0.0, HUGE),
+        "discrete_weight": (0.0, HUGE), "time_mean": (-99.0, 99.0), "time_std": (0.0, 99.0),
+        "share": (0.0, 1.0)}
+
     def __post_init__(self):
         super().__post_init__()
-        for name, (low, high) in LIMITS.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} {getattr(self, name)}: must be from {low:g} to {high:g}")
         if self.split >= self.grid or self.heads_width % 32:
             raise ValueError(f"split {self.split} must be less than grid {self.grid}, and "
                              f"heads_width {self.heads_width} a multiple of 32")
 
 
-LIMITS = {
-    "grid": (2, 10_000), "huber": (TINY, HUGE), "target_ema": (0, 1), "split": (1, 9999),
-    "lag": (1, 1024), "adversarial_weight": (0, HUGE), "feature_weight": (0, HUGE),
-    "heads_width": (32, 2**14), "tangent_step": (TINY, 1), "consistency_weight": (0, HUGE),
-    "discrete_weight": (0, HUGE), "time_mean": (-99, 99), "time_std": (0, 99), "share": (0, 1)}
 NUMBERS = {  # of Wan2.1-1.3B
     "lcm": {"timesteps": (1000, 963.3, 914.0, 833.3, 720.3, 523.3), "lr": 1e-6, "grad_clip": 1.0},
     "dcm": {"timesteps": (1000, 992, 982, 949, 905, 810), "shift": 17.0, "lr": 1e-6,
@@ -111,11 +110,11 @@ NUMBERS = {  # of Wan2.1-1.3B
             "critic_lr": 4e-7, "betas": (0.0, 0.999), "grad_clip": HUGE},
     "dfd": {"lambda_reg": 0.0, "lambda_temp": 0.0}}
 TOY_NUMBERS = {
-    "lcm": {"lr": 1e-4, "betas": (0.9, 0.999)},
-    "dcm": {"lr": 1e-4, "critic_lr": 1e-3, "betas": (0.9, 0.999), "shift": 5.0, "split": 20,
+    "lcm": {"lr": 2e-4, "betas": (0.9, 0.999)},
+    "dcm": {"lr": 5e-5, "critic_lr": 1e-3, "betas": (0.9, 0.999), "shift": 5.0, "split": 20,
             "timesteps": (1000, 952.4, 882.4, 769.2, 645.2, 434.8), "heads_width": 96},
     "rcm": {"lr": 2e-4, "critic_lr": 4e-4, "tangent": "discrete", "time_mean": 0.3},
-    "dfd": {}}
+    "dfd": {"lr": 5e-5}}
 
 
 def default_numbers(method, model):
@@ -227,27 +226,25 @@ def features(teacher, x_t, t, text):
     return tokens, torch.stack(velocities)
 
 
-class Heads(nn.Module):
+class Heads(nn.ModuleList):
     """The discriminator: for each tapped block a small network that judges every token."""
 
     def __init__(self, dim, count, width):
-        super().__init__()
-
         def layer(inputs):
             return nn.Sequential(nn.Conv2d(inputs, width, 1), nn.GroupNorm(32, width),
-                                 nn.LeakyReLU(0.2))
+                                 nn.LeakyReLU())
 
-        self.enter = nn.ModuleList(layer(dim) for _ in range(count))
-        self.middle = nn.ModuleList(layer(width) for _ in range(count))
-        self.out = nn.ModuleList(nn.Conv2d(width, 1, 1) for _ in range(count))
+        super().__init__(nn.ModuleList([layer(dim), layer(width), nn.Conv2d(width, 1, 1)])
+                         for _ in range(count))
 
     def forward(self, tokens):
         """`tokens` from `features` -> verdicts `[heads, b f, 1, h, w]`: above 0 for real."""
-        verdicts = []
-        for x, enter, middle, out in zip(tokens, self.enter, self.middle, self.out):
-            x = enter(rearrange(x.float(), "b d f h w -> (b f) d h w"))
-            verdicts.append(out(x + middle(x)))
-        return torch.stack(verdicts)
+        device, verdicts = "cuda" if tokens[0].is_cuda else "cpu", []
+        with torch.autocast(device, torch.bfloat16, tokens[0].dtype == torch.bfloat16):
+            for x, (enter, middle, leave) in zip(tokens, self):
+                x = enter(rearrange(x.float(), "b d f h w -> (b f) d h w"))
+                verdicts.append(leave(x + middle(x)))
+        return torch.stack(verdicts).float()
 
 
 def detail_loss(student, teacher, heads, real, text, null_text, config, generator=None):
@@ -444,8 +441,10 @@ class Baseline(Flags):
     """folder of Wan's VAE, for the pictures; by default the teacher's folder"""
     init_student: Path | None = None
     """folder of the student's initial weights; by default the teacher's"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype to compute in: auto is bfloat16 on NVIDIA and AMD GPUs, float32 elsewhere"""
     numbers: Annotated[BaselineConfig, tyro.conf.arg(name="")] = BaselineConfig()
-    dtype, gradient_checkpointing = "auto", None  # as by default in train.py
+    gradient_checkpointing = None  # recompute blocks in backward if --data is given
 
     @property
     def may_change(self):
@@ -482,6 +481,9 @@ class Setup:
     def __init__(self, args):
         self.args, self.device, self.data = args, init_distributed(args.device), open_data(args)
         check_fit(args, self.data)
+        if args.numbers.tangent == "fd" and cli.pick_dtype(args.dtype, self.device):
+            raise ValueError("--tangent fd: in bfloat16 a finite difference is nothing but noise; "
+                             "use jvp, or --dtype float32")
         if not self.data.has_videos:
             raise ValueError(f"{args.data}: holds no videos, and these methods learn from them")
         self.null_text = self.data.null_text.to(self.device)
@@ -520,6 +522,13 @@ class Setup:
             "method": self.args.method, "avd": avd.to_json(), "seed": str(self.args.seed)})
 
 
+def descend(model, optimizer, loss, config, name="loss", norm_name="student_grad_norm"):
+    """An update of the model by the loss; both in a dict, with the norm of the gradient."""
+    loss.backward()
+    norm = clip_and_step(model, [optimizer], config.grad_clip, loss.item())
+    return {name: loss.item(), norm_name: norm}
+
+
 def train_lcm(args, setup):
     config, (teacher, student, target) = args.numbers, setup.load()
     optimizer = adamw(student, config.lr, config)
@@ -527,13 +536,12 @@ def train_lcm(args, setup):
         for step in run.steps():
             real, text, null_text, generators = setup.batch(step)
             loss = lcm_loss(student, target, teacher, real, text, null_text, config, generators)
-            loss.backward()
-            norm = clip_and_step(student, [optimizer], config.grad_clip, loss.item())
-            if math.isfinite(norm):
+            metrics = descend(student, optimizer, loss, config)
+            if math.isfinite(metrics["student_grad_norm"]):
                 with torch.no_grad():
                     for p, q in zip(target.parameters(), student.parameters()):
                         p.lerp_(q, 1 - config.target_ema)
-            setup.end_step(run, step, {"loss": loss.item(), "student_grad_norm": norm}, student)
+            setup.end_step(run, step, metrics, student)
     setup.save(student)
 
 
@@ -548,6 +556,8 @@ def train_dcm(args, setup):
     semantic_optimizer, detail_optimizer = (adamw(model, config.lr, config)
                                             for model in (semantic, detail))
     heads_optimizer = adamw(heads, config.critic_lr, replace(config, betas=(0.0, config.betas[1])))
+    if hasattr(teacher, "set_reshard_after_forward"):  # FSDP: `features` bypasses its output
+        teacher.set_reshard_after_forward(False, recurse=False)
     with Run(args, {"experts": experts, "heads": heads, "heads_optimizer": heads_optimizer,
                     "semantic_optimizer": semantic_optimizer,
                     "detail_optimizer": detail_optimizer}) as run:
@@ -555,23 +565,16 @@ def train_dcm(args, setup):
             real, text, null_text, generators = setup.batch(step)
             if step < args.steps // 2:
                 loss = semantic_loss(semantic, teacher, real, text, null_text, config, generators)
-                loss.backward()
-                norm = clip_and_step(semantic, [semantic_optimizer], config.grad_clip, loss.item())
-                metrics = {"loss": loss.item(), "student_grad_norm": norm}
+                metrics = descend(semantic, semantic_optimizer, loss, config)
             else:
                 if step == args.steps // 2:
                     detail.load_state_dict(semantic.state_dict())
                 loss, tokens = detail_loss(detail, teacher, heads, real, text, null_text, config,
                                            generators)
-                loss.backward()
-                norm = clip_and_step(detail, [detail_optimizer], config.grad_clip, loss.item())
+                metrics = descend(detail, detail_optimizer, loss, config)
                 heads.zero_grad()  # what the detail expert's loss has left there
-                verdict = discriminator_loss(heads, *tokens)
-                verdict.backward()
-                heads_norm = clip_and_step(heads, [heads_optimizer], config.grad_clip,
-                                           verdict.item())
-                metrics = {"loss": loss.item(), "student_grad_norm": norm,
-                           "discriminator": verdict.item(), "heads_grad_norm": heads_norm}
+                metrics |= descend(heads, heads_optimizer, discriminator_loss(heads, *tokens),
+                                   config, "discriminator", "heads_grad_norm")
             setup.end_step(run, step, metrics, experts, euler_steps)
     setup.save(semantic, "semantic")
     setup.save(detail, split=str(split))
@@ -632,10 +635,10 @@ def train_with_critic(args, setup, losses, rollout, interpolator=None):
                     with torch.no_grad():
                         x0 = adavid.few_steps(student, noise, text, times, config.train_strides,
                                               interpolator, generators)
-                loss = adavid.critic_loss(critic, x0, text, config, generators)
-                loss.backward()
-                critic_metrics.append({"critic": loss.item(), "critic_grad_norm": clip_and_step(
-                    critic, [critic_optimizer], config.grad_clip, loss.item())})
+                critic_metrics.append(descend(
+                    critic, critic_optimizer, adavid.critic_loss(critic, x0, text, config,
+                                                                 generators),
+                    config, "critic", "critic_grad_norm"))
             metrics = {name: x.float().mean().item() for name, x in values.items()
                        if name != "reg_step"}
             setup.end_step(run, cycle, metrics | mean_metrics(critic_metrics) | {

@@ -272,7 +272,7 @@ class Run:
 def lower_rates(args):
     """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
     numbers = next(filter(is_dataclass, vars(args).values()), args)
-    usual = load_config(args.model) if hasattr(args, "avd") else type(numbers)
+    usual = load_config(args.model) if hasattr(args, "model") else type(numbers)
     return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
         cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import adavid
 import baselines
 import sample
 from runtime.experts import Experts, euler_steps, load_student
-from tests.helpers import complaint, equal, random_model, read_lines, saved
+from tests.helpers import FOUR_STEPS, complaint, equal, random_model, read_lines, saved
 from tests.test_gaussian import (
     GUIDED,
     NULL,
@@ -26,10 +27,11 @@ from tests.test_gaussian import (
     prompts,
     teacher,
 )
-from tiny_wan import PRESETS, WanModel
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, world
+from tools import costs
 
 METHODS = list(baselines.METHODS)
-CONFIG = baselines.BaselineConfig()
+CONFIG = baselines.BaselineConfig(**vars(FOUR_STEPS))
 TOY = replace(PRESETS["tiny"], dim=32, ffn_dim=64, num_heads=2, num_layers=3)
 
 
@@ -196,7 +198,7 @@ def test_features_are_of_every_second_block_and_reach_the_input(discriminator):
 
 def test_heads_that_say_nothing_cost_two_and_move_nothing(discriminator):
     model, heads, x, t, text = discriminator
-    for out in heads.out:
+    for *_, out in heads:
         torch.nn.init.zeros_(out.weight), torch.nn.init.zeros_(out.bias)
     tokens, _ = baselines.features(model, x, t, text)
     assert baselines.discriminator_loss(heads, tokens, tokens) == 2
@@ -396,9 +398,22 @@ def test_the_tangent_through_wan_is_that_of_central_differences(toy_folder):
     wanted = direction - v - adavid.sigma_of(t) * central
     assert (got - wanted).norm() < 0.01 * wanted.norm()
 
-    rough = WanModel.from_pretrained(toy_folder, torch.bfloat16)
-    rounded = baselines.tangent(rough, x, t, text, v, direction, config)
-    assert torch.cosine_similarity(rounded.flatten(), got.flatten(), dim=0) > 0.98
+
+def test_in_bfloat16_the_exact_tangent_survives_and_a_finite_difference_does_not():
+    real, prompts = world.make(0, range(4))
+    x0, text = ToyCodec().encode(real), ToyCodec().encode_text(prompts)
+    g = torch.Generator().manual_seed(0)
+    noise, t = torch.randn(x0.shape, generator=g), torch.tensor([950.0, 800.0, 600.0, 300.0])
+    x_t, tangents = adavid.add_noise(x0, noise, t), []
+    for dtype, how in ((None, "jvp"), (torch.bfloat16, "jvp"), (torch.bfloat16, "fd")):
+        model = WanModel.from_pretrained(WEIGHTS, dtype or torch.float32)
+        v = model(x_t, t, text).detach()
+        tangents.append(baselines.tangent(model, x_t, t, text, v, noise - x0, replace(
+            CONFIG, tangent=how)).flatten())
+    truth, exact, difference = tangents
+    assert torch.cosine_similarity(exact, truth, dim=0) > 0.99
+    assert torch.cosine_similarity(difference, truth, dim=0) < 0.1
+    assert difference.norm() > 10 * truth.norm()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,6 +479,10 @@ def test_each_method_learns_and_resumes_bit_for_bit(method, flags, toy_folder, t
     assert distil(method, toy_folder, broken, *flags, "--save-every", 2) == 0
     assert equal(saved(whole), saved(broken))
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    if method != "dcm":  # whose discriminator is no small part of this miniature
+        parameters = sum(p.numel() for p in WanModel.from_pretrained(whole).parameters())
+        state = sum(tensor.nbytes for tensor in saved(whole).values()) / parameters
+        assert state == pytest.approx(16 if method == "lcm" else 24, rel=0.01)
 
     start = WanModel.from_pretrained(toy_folder).state_dict()
     learned = WanModel.from_pretrained(whole).state_dict()
@@ -484,6 +503,73 @@ def test_each_method_makes_an_update_on_wan_and_samples(method, inputs, tmp_path
                         "--width", "48", "--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize("method, flags", [
+    ("lcm", []), ("dcm", []), ("rcm", ["--tangent", "jvp"]), ("dfd", [])])
+def test_each_method_runs_in_bfloat16_and_sharded_as_on_one_gpu(method, flags, toy_folder,
+                                                                tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        out = tmp_path / "out"
+        assert distil(method, toy_folder, out, *flags, "--dtype", "bfloat16", steps=2) == 0
+    finally:
+        dist.destroy_process_group()
+    assert all(step["student_grad_norm"] > 0 for step in read_lines(out / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("method, numbers, wanted", [
+    ("lcm", {}, 6), ("dcm", {}, 7.9), ("rcm", {}, 33), ("rcm", {"tangent": "fd"}, 33),
+    ("dfd", {}, 32.5), ("dfd", {"lambda_reg": 2.0}, 35.5)])
+def test_an_update_takes_the_forwards_that_the_docs_name(method, numbers, wanted):
+    """On the toy, whose discriminator is larger in proportion: 9.8 for DCM's detail expert."""
+    wan, shape = PRESETS["tiny"], ToyCodec.latent_shape(ToyCodec)
+    config = replace(baselines.default_numbers(method, WEIGHTS), **numbers)
+    student, critic, teacher = (costs.build(wan) for _ in range(3))
+    teacher.requires_grad_(False)
+    real, text = costs.inputs(wan, shape, batch_size=1)
+    cache, heads = adavid.LossMeanCache(4), baselines.Heads(wan.dim, 3, config.heads_width)
+    batch, cache, heads = (real, text, text), cache.to("meta"), heads.to("meta")
+
+    def flops(*parts):
+        return sum(costs.count(part)[0] for part in parts)
+
+    def cycle(length):
+        times = config.timesteps[:length]
+        losses = {"rcm": baselines.rcm_losses, "dfd": baselines.dfd_losses}[method]
+        terms = losses(student, teacher, critic, cache, *batch, times, config)
+        rollout = torch.no_grad()(lambda: adavid.few_steps(student, real, text, times, (1,) * 4))
+        learning = flops(lambda: adavid.critic_loss(critic, real, text, config))
+        updates = config.critic_updates
+        number = 1 if method == "dfd" and not config.lambda_reg else 2
+        return (flops(*[lambda: next(terms)[0]] * number) + (updates - 1) * flops(rollout)
+                + updates * learning)
+
+    def detail():
+        loss, tokens[:] = baselines.detail_loss(student, teacher, heads, *batch, config)
+        return loss
+
+    tokens = []
+    if method == "lcm":
+        counted = flops(lambda: baselines.lcm_loss(student, critic, teacher, *batch, config))
+    elif method == "dcm":
+        counted = flops(lambda: baselines.semantic_loss(student, teacher, *batch, config), detail,
+                        lambda: baselines.discriminator_loss(heads, *tokens)) / 2
+    else:
+        counted = (cycle(1) + cycle(4)) / 2
+    assert counted / costs.count_forward(wan, shape)[0] == pytest.approx(wanted, rel=0.02)
+
+
+@torch.no_grad()
+def test_the_costs_of_dcms_sampler_can_be_counted(toy_folder, tmp_path):
+    """That is, on the meta device, where t has no value to choose an expert by."""
+    with torch.enable_grad():
+        assert distil("dcm", toy_folder, tmp_path / "dcm", steps=2) == 0
+    model, sampler = load_student(tmp_path / "dcm", torch.float32, "meta")
+    x, text = costs.inputs(model.detail.config, (12, 3, 4, 4), batch_size=1)
+    config = baselines.default_numbers("dcm", toy_folder)
+    one = costs.count(lambda: model.detail(x, torch.zeros(1, device="meta"), text))[0]
+    assert costs.count(lambda: sampler(model, x, text, config))[0] == 6 * one
+
+
 def test_dcm_samples_with_both_of_its_experts(toy_folder, tmp_path):
     out = tmp_path / "dcm"
     assert distil("dcm", toy_folder, out, "--lr", 1e-2, steps=2) == 0
@@ -496,6 +582,11 @@ def test_dcm_samples_with_both_of_its_experts(toy_folder, tmp_path):
         t, text = torch.tensor([t]), torch.zeros(1, 1, 34)
         assert torch.equal(model(x, t, text), WanModel.from_pretrained(expert, torch.float32)(
             x, t, text))
+
+
+def test_a_finite_difference_needs_float32(toy_folder, tmp_path, capsys):
+    code = distil("rcm", toy_folder, tmp_path / "out", "--tangent", "fd", "--dtype", "bfloat16")
+    assert "--dtype float32" in complaint(capsys, code)
 
 
 @pytest.mark.parametrize("flags, says", [

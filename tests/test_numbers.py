@@ -10,6 +10,7 @@ import pytest
 import sample
 import train
 from adavid import AVDConfig
+from baselines import Baseline, BaselineConfig
 from runtime import cli
 from runtime.checkpoints import list_checkpoints
 from tests.helpers import read_lines
@@ -18,7 +19,7 @@ from tiny_wan import checkpoint
 from tools import demo, encode, plan
 
 PROGRAMS = (train.Teacher, train.Interpolator, train.Distill, sample.Sample, encode.Encode,
-            plan.Distill, demo.Demo, AVDConfig)
+            plan.Distill, demo.Demo, AVDConfig, Baseline)
 VALUES = ("nan", "inf", "-inf", "-1", "1e31", "1e308", "1e999", "65536", "1000000000000",
           str(2**63), "9" * 30, "x", "", "0x10", "1_0", "None", "True")
 PLAUSIBLE = ("-0.0", "0", "0.5", "0.9", "1", "2", "1e-40", "1e-300", "1000", "1e6", "1e30")
@@ -39,7 +40,8 @@ def numbers(program):
 def test_every_number_has_limits():
     missing = {name for program in PROGRAMS for name in numbers(program)} - cli.LIMITS.keys()
     assert not missing
-    assert AVDConfig.limits.keys() == set(numbers(AVDConfig))
+    for config in (AVDConfig, BaselineConfig):
+        assert config.limits.keys() == set(numbers(config))
 
 
 def random_flags(rng):
