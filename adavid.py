@@ -13,10 +13,18 @@ scores are known in closed form. Three diffusion models take part:
     critic    s_fake    is trained throughout on the student's latest videos; it starts as a copy
                         of the teacher, and is not guided: it must describe these videos as they are
 
+Training repeats this cycle:
+
+    x0 = the student's video, from noise, up to a random one of its steps      backward_simulation
+    L = L_KL(x0) + lambda_reg w L_reg(a real video) + lambda_temp L_temp(x0)        student_losses
+    update the student by L, and the running means that the weights w come from    LossMeanCache
+    5 times: update the critic on new videos of the student                           critic_loss
+
 Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` holds the
 prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: None for
 torch's global generator, one torch.Generator for the whole batch, or a list with one per sample.
 
+docs/method.md explains the ideas with pictures, and docs/minimal.py is the cycle as a program.
 Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867.
 """
 
@@ -93,7 +101,7 @@ class AVDConfig:
 
     def __post_init__(self):
         for name, (low, high) in self.limits.items():
-            value, usual = getattr(self, name), getattr(AVDConfig, name)
+            value, usual = getattr(self, name), getattr(type(self), name)
             if (type(value) is tuple) != (type(usual) is tuple) or not all(
                     isinstance(number, (type(low), int)) and low <= number <= high
                     for number in (value if type(value) is tuple else (value,))):
@@ -206,10 +214,15 @@ def dmd_gradient(x0, x0_fake, x0_real):
         g = (x0_fake - x0_real) / mean_{c,f,h,w} |x0 - x0_real|
 
     `x0_fake` and `x0_real` are the critic's and the guided teacher's predictions from the same
-    noised `x0`. Moving against g leads away from what the student already generates and towards
-    what the teacher would generate. The normaliser makes gradients comparable between timesteps:
-    at high noise predictions lie far from `x0`. Float32, one normaliser for each sample. 0 / 0
-    gives 0; NaN and inf pass through, so that the caller can skip the update.
+    noised `x0`. A prediction of x0 is a score in other units: it says in which direction videos
+    become more probable. The difference of both scores is the gradient of the KL divergence between
+    the student's and the teacher's distributions, so one prediction of each is enough, and the
+    teacher never has to sample. Moving against g leads away from what the student already generates
+    and towards what the teacher would generate.
+
+    The normaliser makes gradients comparable between timesteps: at high noise predictions lie far
+    from `x0`. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and inf pass through, so
+    that the caller can skip the update.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -322,7 +335,8 @@ def temporal_loss(x0, eps=1e-6, truncation=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
     The paper's truncation is a gate: a sample whose loss is at or below it moves enough and
-    contributes neither value nor gradient. A sample above it counts in full.
+    contributes neither value nor gradient. A sample above it counts in full. Without the gate the
+    loss would never be satisfied: variance over time can always grow, at last by flicker.
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:
@@ -336,7 +350,11 @@ def temporal_loss(x0, eps=1e-6, truncation=None):
 
 
 def critic_loss(critic, x0, text, config, generator=None):
-    """Flow matching on the student's videos `x0`, a scalar. Timesteps are drawn as for L_KL."""
+    """Flow matching on the student's videos `x0`, a scalar. Timesteps are drawn as for L_KL.
+
+    The critic must keep up with the student. A critic that lags describes videos of the past, and
+    L_KL then pushes the student on in a direction in which it may have gone too far already.
+    """
     x0 = x0.detach()
     t = random_timesteps(x0, config, generator)
     noise = draw(torch.randn, x0.shape, x0, generator)
@@ -491,6 +509,13 @@ def interpolation_loss(interpolator, x0):
 @torch.no_grad()
 def sample(model, noise, text, config, interpolator=None, generator=None):
     """The student's sampler (section 3.3): the noisy steps run at a lower frame rate.
+
+    By default, for nine latent frames (Wan has 21):
+
+        t = 1000   frames 0   2   4   6   8    of pure noise; predicts x0, renoises it to 900
+        t =  900   frames 0   2   4   6   8    predicts x0; the interpolator fills in 1, 3, 5, 7;
+        t =  757   frames 0 1 2 3 4 5 6 7 8    renoised to 757; predicts x0, renoises it to 522
+        t =  522   frames 0 1 2 3 4 5 6 7 8    predicts x0: the video
 
     noise: `[b, c, f, h, w]` at the full frame rate. With an interpolator, f must be 1 modulo the
         largest stride (else ValueError). Without one, every step runs at the full frame rate.

@@ -55,8 +55,13 @@ def test_prompts_and_cells_are_escaped():
 
 
 def test_a_value_that_was_not_finite_is_no_point_of_a_curve():
-    log = [{"step": 0, "dmd": 1.0}, {"step": 1, "dmd": None}, {"step": 2}, {"step": 3, "dmd": 2.0}]
-    assert demo.curve(log, "dmd") == ([0, 3], [1.0, 2.0])
+    log = [{"step": 0, "reg": 1.0}, {"step": 1, "reg": None}, {"step": 2}, {"step": 3, "reg": 2.0}]
+    assert demo.curve(log, "reg") == ([0, 3], [1.0, 2.0])
+
+
+def test_a_curve_of_the_students_videos_is_of_those_that_end_at_the_last_step():
+    log = [{"step": i, "rollout_step": i % 4, "dmd": i / 10} for i in range(8)]
+    assert demo.curve(log, "dmd") == ([3, 7], [0.3, 0.7])
 
 
 @pytest.mark.parametrize("wrong, says", [

@@ -17,7 +17,7 @@ import sample
 import train
 from tests import miniature_wan
 from tests.helpers import ROOT, read_lines, torchrun, write_clips
-from tools import ablation, bench, demo, encode, export, gpu_check, plan
+from tools import ablation, bench, demo, encode, export, gallery, gpu_check, lesson, plan
 from tools import world as tool_world
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -25,7 +25,8 @@ TRAINING, WAN = ROOT / "docs" / "training.md", ROOT / "docs" / "wan.md"
 PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": ablation.main,
             "tools.bench": bench.main, "tools.demo": demo.main, "tools.encode": encode.main,
-            "tools.export": export.main, "tools.gpu_check": gpu_check.main,
+            "tools.export": export.main, "tools.gallery": gallery.main,
+            "tools.gpu_check": gpu_check.main, "tools.lesson": lesson.main,
             "tools.plan": plan.main, "tools.world": tool_world.main,
             "baselines.py": baselines.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
@@ -129,6 +130,19 @@ def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path,
         assert list(Path("runs").glob(f"*/{file}")), file
 
 
+def test_the_page_on_other_methods_runs(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "baselines.md"
+    small = {"train.py": SMALL["train.py"], "baselines.py": SMALL["train.py"],
+             "sample.py": ["--device", "cpu"]}
+    for line in commands(page):
+        run(line if "sample.py" in line else f"{line} --model {toy_folder}", small)
+    for method in baselines.METHODS:
+        for name in read_lines(Path(f"runs/{method}/metrics.jsonl"))[-1]:
+            said = text_of(page) + text_of(TRAINING)
+            assert name == "step" or f"`{name}`" in said, f"{name} is not in the docs"
+
+
 def test_the_readmes_commands_are_those_of_the_docs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy, *wan = [line for line in commands(README) if not line.startswith((".", "make"))]
@@ -193,5 +207,5 @@ def test_a_link_to_a_line_leads_to_the_definition_that_it_names(page):
     for name, file, number in links:
         lines = text_of(page.parent / file).splitlines()
         found = [i for i, line in enumerate(lines, 1)
-                 if re.match(rf"\s*(def|class) {name}\b", line)]
+                 if re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", line)]
         assert int(number) in found, f"{name} is in {file} at line {found}, not {number}"

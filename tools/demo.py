@@ -199,17 +199,22 @@ def setup(args):
 
 
 CHARTS = (  # title, name in the log (of AVD's, the start of four), and what is healthy
-    ("Distribution matching: size of the gradient", "dmd",
+    ("Distribution matching at the last step", "dmd",
      "it rises until the critic has caught up, falls, and levels off."),
     ("Critic: loss", "critic", "level, or rising slowly while the videos sharpen."),
     ("Regression: loss on real videos (AVD only)", "reg_", "calm at the later steps."),
     ("Regression: adaptive weight (AVD only)", "weight_", "spread around one half."),
-    ("Temporal loss", "temp", "it falls; it need not reach zero. DMD does not train on it."),
-    ("Temporal variance", "variance", "close to the real data's."))
+    ("Temporal loss at the last step", "temp",
+     "it falls; it need not reach zero. DMD does not train on it."),
+    ("Temporal variance at the last step", "variance", "close to the real data's."))
 
 
 def draw_curves(axes, logs, title, name):
-    """A metric as logged, faintly, and its running mean."""
+    """A metric as logged, faintly, and its running mean.
+
+    What the student's videos decide depends on the step at which they end, which changes from cycle
+    to cycle. One curve through all cycles would be a saw, so it shows those of the last step.
+    """
     lines = [(label, colour, run, name) for run, (label, colour, _) in RUNS.items()]
     if name == "variance":
         lines = [("real data", page.INK, "avd", "data_variance"), *lines]
@@ -228,6 +233,9 @@ def draw_curves(axes, logs, title, name):
 
 def curve(log, name):
     """The steps that logged a value, and the values. A value that was not finite is null."""
+    if name in ("dmd", "temp", "variance"):
+        last = max(line["rollout_step"] for line in log)
+        log = [line for line in log if line["rollout_step"] == last]
     points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
