@@ -2,6 +2,7 @@
 # CONTRIBUTING.md has the same commands for systems without make.
 
 PYTHON ?= python3
+DIR ?= Wan2.1-T2V-1.3B
 RUN = .venv/bin/python
 
 help:  ## list these targets
@@ -36,6 +37,9 @@ bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB
 gpu-check: .venv/all  ## test and time the code on your GPU; prints one block to paste
 	$(RUN) -m tools.gpu_check
 
+wan-check: .venv/all  ## try the real Wan2.1 in the folder DIR on your GPU; prints one block to paste
+	$(RUN) -m tools.wan_check --model $(DIR)
+
 weights: .venv/core  ## train the toy's teacher, interpolator and student again
 	$(RUN) train.py teacher --out runs/teacher --compile --score-prompts 512
 	$(RUN) train.py interpolator --out runs/interpolator
@@ -56,4 +60,4 @@ clean:  ## delete .venv and all runs
 	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
-.PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check weights clean
+.PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check wan-check weights clean

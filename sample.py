@@ -3,9 +3,11 @@
     python sample.py "a red ball moving left fast above a blue ball"
     python sample.py "a cat walks on grass" --model Wan2.1-T2V-1.3B --teacher
 
-Writes an mp4 for each prompt, and a contact sheet of the first ones.
+Writes an mp4 for each prompt, a contact sheet of the first ones, and captions.jsonl, which says
+which video has which prompt; tools.encode reads it.
 """
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,13 +142,17 @@ def run(args):
                     args.shift, codec.solver).cpu()
             return sample_student(counted, noise, text, config, interpolator, generator).cpu()
 
-    names, rows, kept = file_names(prompts), [], []
+    names, rows, kept = list(file_names(prompts)), [], []
+    (args.out / "captions.jsonl").write_text("".join(
+        json.dumps({"video": name, "caption": prompt}) + "\n"
+        for name, prompt in zip(names, prompts)), encoding="utf-8")
+    paths = (args.out / name for name in names)
     with bar:
         for latents in sample_batches(sampler, text, shape, args.seed, batch_size,
                                       args.videos_per_prompt):
             with watch("decode and write"):
                 for video in codec.decode(latents).cpu():
-                    write_video(args.out / next(names), video, codec.fps)
+                    write_video(next(paths), video, codec.fps)
                     if len(rows) < SHOWN:
                         rows.append(thumbnails(video))
             if args.save_latents:

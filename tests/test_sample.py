@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 import sample
 from runtime.media import file_names
+from tests.helpers import read_lines
 
 
 def run(toy_folder, out, *args):
@@ -22,7 +23,9 @@ def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path):
     assert run(toy_folder, tmp_path / "out", "a red ball", "--prompts-file", str(file)) == 0
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["a blue ball-0.mp4", "a green ball moving up-0.mp4", "a red ball-0.mp4",
-                     "contact_sheet.png"]
+                     "captions.jsonl", "contact_sheet.png"]
+    assert [line["caption"] for line in read_lines(tmp_path / "out" / "captions.jsonl")] == [
+        "a red ball", "a blue ball", "a green ball moving up"]
     assert iio.imread(tmp_path / "out" / "a red ball-0.mp4").shape == (9, 256, 256, 3)
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 64, 9 * 64, 3)
 
