@@ -36,6 +36,9 @@ class Sample:
     """what the videos show; put each prompt in quotes"""
     prompts_file: Path | None = None
     """a text file with a prompt on each line, added to those of the command line"""
+    names_file: Path | None = None
+    """a text file with a line for each prompt, after which its videos are named; for benchmarks
+    with extended prompts. By default a video is named after its prompt"""
     videos_per_prompt: int = 1
     """how many videos of each prompt"""
     model: Path | None = None
@@ -90,6 +93,9 @@ def run(args):
     prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('no prompts; try: python sample.py "a red ball moving left fast"')
+    titles = read_prompts(args.names_file) if args.names_file else prompts
+    if len(titles) != len(prompts):
+        raise ValueError(f"{args.names_file}: has {len(titles)} names for {len(prompts)} prompts")
 
     # The model's tensors are checked now, on the meta device, as the text encoder takes minutes.
     # The weights are loaded afterwards, when the text encoder has freed its memory.
@@ -124,7 +130,8 @@ def run(args):
             for block in model.blocks:
                 block.compile()
 
-    prompts = [prompt for prompt in prompts for _ in range(args.videos_per_prompt)]
+    prompts, titles = ([line for line in lines for _ in range(args.videos_per_prompt)]
+                       for lines in (prompts, titles))
     forwards = 2 * args.steps if args.teacher else len(config.timesteps)
     bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
 
@@ -142,7 +149,7 @@ def run(args):
                     args.shift, codec.solver).cpu()
             return sample_student(counted, noise, text, config, interpolator, generator).cpu()
 
-    names, rows, kept = list(file_names(prompts)), [], []
+    names, rows, kept = list(file_names(titles)), [], []
     (args.out / "captions.jsonl").write_text("".join(
         json.dumps({"video": name, "caption": prompt}) + "\n"
         for name, prompt in zip(names, prompts)), encoding="utf-8")

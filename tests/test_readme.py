@@ -100,6 +100,8 @@ def test_the_wan_page_runs_from_videos_to_a_student_in_stock_diffusers(
     for file in ("prompts.txt", "captions.jsonl"):
         shutil.copy(inputs[file], file)
     Path("own-prompts.txt").write_text("a red kite\na blue kite\n")
+    originals = Path("prompts.txt").read_text().splitlines()
+    Path("extended.txt").write_text("\n".join(f"{line}, in detail" for line in originals))
     for line in commands(WAN):
         if "wan_check" in line:  # tests/test_wan_check.py
             continue

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import sample
 from runtime.media import file_names
-from tests.helpers import read_lines
+from tests.helpers import complaint, read_lines
 
 
 def run(toy_folder, out, *args):
@@ -38,6 +38,20 @@ def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
     a, b, c = (latents(tmp_path / name) for name in "abc")
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     torch.testing.assert_close(a[1:], c, atol=1e-5, rtol=0)
+
+
+def test_files_can_be_named_after_other_prompts(toy_folder, tmp_path, capsys):
+    prompts, names = tmp_path / "extended.txt", tmp_path / "prompts.txt"
+    prompts.write_text("a red ball moving left fast\na blue ball moving up\n")
+    names.write_text("red\nblue\n")
+    files = ["--prompts-file", str(prompts), "--names-file", str(names)]
+    assert run(toy_folder, tmp_path / "out", *files, "--videos-per-prompt", "2") == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.mp4")) == [
+        "blue-0.mp4", "blue-1.mp4", "red-0.mp4", "red-1.mp4"]
+    assert read_lines(tmp_path / "out" / "captions.jsonl")[3] == {
+        "video": "blue-1.mp4", "caption": "a blue ball moving up"}
+    code = run(toy_folder, tmp_path / "out", "a red ball", *files)
+    assert "prompts.txt: has 2 names for 3 prompts" in complaint(capsys, code)
 
 
 def test_file_names_are_the_prompts_and_never_collide(tmp_path):
