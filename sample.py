@@ -75,8 +75,6 @@ class Sample:
     it is float32 for the transformer, and for the text encoder the dtype of its file"""
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
-    vae_tiling: bool = False
-    """decode the picture in tiles: slower, for cards with little memory"""
     save_latents: bool = False
     """also write latents.safetensors"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -112,7 +110,7 @@ def run(args):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
     dtype = cli.pick_dtype(args.dtype, device)
     codec = open_codec(args.model, architecture, args.codec, device=device,
-                       dtype=dtype, tiling=args.vae_tiling)
+                       dtype=dtype)
     shape = codec.latent_shape(args.frames, args.height, args.width,
                                1 if interpolator is None else config.strides[0])
     codec.prepare()

@@ -115,6 +115,26 @@ def test_videos_are_encoded_and_decoded_as_diffusers_does(pipe, folder):
     torch.testing.assert_close(codec.decode(ours), decoded, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_the_vae_goes_on_in_tiles_when_memory_has_run_out(wan, method, monkeypatch, capsys):
+    codec = open_codec(wan, WanConfig.from_pretrained(wan))
+    shape = (1, 3, 5, 320, 288) if method == "encode" else (1, 16, 2, 40, 36)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    whole = getattr(codec, method)(x)
+    usual, calls = getattr(codec.vae, method), []
+
+    def full(*inputs):
+        calls.append(codec.vae.use_tiling)
+        if not codec.vae.use_tiling:
+            raise torch.OutOfMemoryError("out of memory")
+        return usual(*inputs)
+
+    monkeypatch.setattr(codec.vae, method, full)
+    tiled = getattr(codec, method)(x)
+    assert calls == [False, True] and tiled.shape == whole.shape
+    assert (tiled - whole).norm() < 0.3 * whole.norm() and not torch.equal(tiled, whole)
+
+
 def test_bf16_samples_nearly_as_float32_does(wan, tmp_path):
     args = [PROMPT, "--teacher", "--model", wan, *SIZE, "--steps", "3"]
     exact = latents(tmp_path, *args)

@@ -96,7 +96,6 @@ class WanCodec(Codec):
     """Wan's text encoder (UMT5-XXL) and causal VAE, from a folder in Diffusers' or Wan's layout.
 
     dtype: of the text encoder; by default its file's own. The VAE is always float32.
-    tiling: decode the picture in tiles, which is slower but takes less memory.
 
     Raises ValueError if the folder lacks one of the parts.
     """
@@ -111,8 +110,8 @@ class WanCodec(Codec):
     NAMES = {"text encoder": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
              "tokenizer": ("tokenizer", "google/umt5-xxl"), "VAE": ("vae", "Wan2.1_VAE.pth")}
 
-    def __init__(self, folder, device="cpu", dtype=None, tiling=False):
-        self.device, self.dtype, self.tiling = torch.device(device), dtype, tiling
+    def __init__(self, folder, device="cpu", dtype=None):
+        self.device, self.dtype = torch.device(device), dtype
         self.parts = {}
         for part, names in self.NAMES.items():
             found = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
@@ -175,24 +174,34 @@ class WanCodec(Codec):
             self.mean, self.std = (
                 torch.tensor(numbers, device=self.device).view(self.channels, 1, 1, 1)
                 for numbers in (vae.config.latents_mean, vae.config.latents_std))
-        if self.tiling:
-            vae.enable_tiling()
         return vae
 
     @torch.no_grad()
     def encode(self, video):
         """RGB videos in [0, 1] `[b, 3, 4f-3, 8h, 8w]` -> normalised latents `[b, 16, f, h, w]`."""
-        latents = [self.vae.encode(2 * v[None].to(self.device) - 1).latent_dist.mode()
+        latents = [self.run_vae("encode", 2 * v[None] - 1).latent_dist.mode()
                    for v in video.float()]
         return (torch.cat(latents) - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
         """Normalised latents -> RGB videos in [0, 1]. Decodes one at a time, to save memory."""
-        vae = self.vae  # which loads the statistics as well
-        videos = [vae.decode(x[None].to(self.device) * self.std + self.mean).sample
+        self.prepare()  # which loads the statistics as well
+        videos = [self.run_vae("decode", x[None].to(self.device) * self.std + self.mean).sample
                   for x in latents.float()]
         return (torch.cat(videos) / 2 + 0.5).clamp(0, 1)
+
+    def run_vae(self, method, x):
+        """Once memory has run out, the VAE works in tiles of the picture, which takes longer."""
+        try:
+            return getattr(self.vae, method)(x.to(self.device))
+        except torch.OutOfMemoryError:
+            if self.vae.use_tiling:
+                raise
+        tqdm.write("note: memory ran out in the VAE, which goes on in tiles")
+        torch.cuda.empty_cache()
+        self.vae.enable_tiling()
+        return self.run_vae(method, x)
 
 
 def open_codec(path, config, other=None, **options):
