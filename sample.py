@@ -44,6 +44,10 @@ class Sample:
     model: Path | None = None
     """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file; by
     default the toy's student, or its teacher with --teacher"""
+    lora: tuple[Path, ...] = ()
+    """LoRA files to add to the model, such as a distilled one and a style"""
+    lora_scale: tuple[float, ...] = ()
+    """the weight of each LoRA; by default 1"""
     codec: Path | None = None
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     out: Path = Path("runs/samples")
@@ -97,7 +101,13 @@ def run(args):
 
     # The model's tensors are checked now, on the meta device, as the text encoder takes minutes.
     # The weights are loaded afterwards, when the text encoder has freed its memory.
-    config = load_config(args.model)
+    scales = args.lora_scale or (1.0,) * len(args.lora)
+    if len(scales) != len(args.lora):
+        raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
+    # The numbers of the method are stored where the student was: in a LoRA, or in the model.
+    distilled = next((file for file in args.lora if "avd" in checkpoint.read_metadata(file)),
+                     args.model)
+    config = load_config(distilled)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
     if args.guidance_scale is not None:
         config = replace(config, guidance_scale=args.guidance_scale)
@@ -106,7 +116,7 @@ def run(args):
         interpolator = None if args.full_rate else load_interpolator(args.model, device)
         if interpolator is None and not args.full_rate and config.strides[0] > 1:
             print("note: no interpolator.safetensors beside the model, so all steps are full rate")
-        if "method" not in checkpoint.read_metadata(args.model):
+        if "method" not in checkpoint.read_metadata(distilled):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
     dtype = cli.pick_dtype(args.dtype, device)
     codec = open_codec(args.model, architecture, args.codec, device=device,
@@ -123,7 +133,8 @@ def run(args):
         null_text = null_text[None].to(device)
         text = torch.stack(text)
     with watch("load"):
-        model, sample_student = load_student(args.model, dtype or torch.float32, device)
+        model, sample_student = load_student(
+            args.model, dtype or torch.float32, device, tuple(zip(args.lora, scales)))
         if args.compile:
             for block in model.blocks:
                 block.compile()

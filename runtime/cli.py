@@ -23,7 +23,8 @@ MOST = 2**31 - 1
 LIMITS = AVDConfig.limits | {  # the least and the largest value of each flag that is a number
     "steps": (1, MOST), "batch_size": (1, 2**16), "accumulate": (1, 2**16), "seed": (0, 2**32 - 1),
     "save_every": (1, MOST), "sample_every": (1, MOST), "keep": (2, MOST), "keep_every": (1, MOST),
-    "score_prompts": (1, 2**20), "lora": (0, 2**12), "ema": (0, 1 - 1e-9), "frames": (1, 2**16),
+    "score_prompts": (1, 2**20), "lora": (0, 2**12), "lora_rank": (1, 2**12),
+    "lora_scale": (-HUGE, HUGE), "ema": (0, 1 - 1e-9), "frames": (1, 2**16),
     "height": (1, 2**16), "width": (1, 2**16), "fps": (1, 1000), "videos_per_prompt": (1, 2**20),
     "shard_size": (1, 2**20), "gpus": (1, 2**20), "videos": (1, 2**40), "tflops": (TINY, HUGE),
     "utilisation": (TINY, 1), "memory": (TINY, HUGE)}

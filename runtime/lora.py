@@ -1,6 +1,7 @@
 """LoRA: the teacher is a frozen base; the student and the critic are small adapters of it.
 
-Files have the format of diffusers' `load_lora_weights`.
+Files have the original code's names with a prefix, which both ComfyUI and diffusers'
+`load_lora_weights` read.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from tiny_wan import checkpoint
 
 FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "diffusion_model."
 TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
 
 
@@ -76,25 +78,54 @@ class Adapted:
         return list(self.state_dict().values())
 
     def save_adapter(self, folder, metadata):
-        """Write the adapter for diffusers' `load_lora_weights`. Its alpha is its rank: scale 1."""
-        tensors = {"transformer." + checkpoint.diffusers_name(name): p.detach().cpu()
-                   for name, p in self.state_dict().items()}
+        """Write the adapter. Its alpha is its rank: scale 1."""
+        tensors = {PREFIX + name: p.detach().cpu() for name, p in self.state_dict().items()}
         checkpoint.write_files({folder / FILE: tensors}, {"format": "pt"} | metadata)
 
 
-def merge(model, file):
-    """Add the adapter in a file to the model's weights. ValueError if it does not fit."""
-    layers = {"transformer." + checkpoint.diffusers_name(name).removesuffix(".weight"): p
-              for name, p in model.named_parameters() if name.endswith(".weight")}
+def merge(model, file, scale=1.0):
+    """Add `scale` times the LoRA in a file to the model's weights.
+
+    Names may be the original ones, as here and in ComfyUI, or diffusers'. ValueError if a tensor
+    does not fit the model.
+    """
+    layers = {prefix + rename(name.removesuffix(".weight")): p
+              for name, p in model.named_parameters() if name.endswith(".weight")
+              for prefix, rename in ((PREFIX, str), ("transformer.", checkpoint.diffusers_name))}
     with checkpoint.open_weights(file) as weights:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}
-    for name in {name.rsplit(".lora_", 1)[0] for name in tensors}:
+    for layer in sorted({name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors}):
         try:
-            up, down = tensors[name + ".lora_B.weight"], tensors[name + ".lora_A.weight"]
-            change = up.float() @ down.float()
-            if change.shape != layers[name].shape or not change.isfinite().all():
+            up, down = (tensors[f"{layer}.lora_{part}.weight"].float() for part in (
+                "BA" if f"{layer}.lora_B.weight" in tensors else ("up", "down")))
+            change = scale * tensors.get(f"{layer}.alpha", len(down)) / len(down) * (up @ down)
+            if change.shape != layers[layer].shape or not change.isfinite().all():
                 raise RuntimeError("its shape differs, or it is not finite")
-            layers[name].data += change.to(layers[name].dtype)
+            layers[layer].data += change.to(layers[layer].dtype)
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{file}: {name} does not fit this model ({error})") from None
+            raise ValueError(f"{file}: {layer} does not fit this model ({error})") from None
     return model
+
+
+def extract(student, base, rank):
+    """What distinguishes the student from its base, as a LoRA -> tensors, and two shares in [0, 1].
+
+    The shares are of the norm of the whole difference: what the rank leaves of the layers that a
+    LoRA covers, and what lies in biases, norms and embeddings, which it does not cover.
+    """
+    tensors, whole, missed, others = {}, 0.0, 0.0, 0.0
+    torch.manual_seed(0)  # svd_lowrank draws random numbers
+    for (name, new), old in zip(student.named_parameters(), base.parameters()):
+        change, layer = new.float() - old.float(), name.removesuffix(".weight")
+        whole += change.square().sum().item()
+        if not name.startswith("blocks.") or not name.endswith(
+                tuple(f".{target}.weight" for target in TARGETS)):
+            others += change.square().sum().item()
+            continue
+        u, s, v = torch.svd_lowrank(change, min(rank + 8, *change.shape), niter=4)
+        root = s[:rank].sqrt()
+        up, down = u[:, :rank] * root, (v[:, :rank] * root).T
+        missed += (change - up @ down).square().sum().item()
+        tensors |= {f"{PREFIX}{layer}.lora_B.weight": up, f"{PREFIX}{layer}.lora_A.weight": down}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors, *((part / whole) ** 0.5 if whole else 0.0 for part in (missed, others))

@@ -16,10 +16,10 @@ from runtime.checkpoints import list_checkpoints
 from tests.helpers import read_lines
 from tests.helpers import saved as newest
 from tiny_wan import checkpoint
-from tools import demo, encode, plan
+from tools import demo, encode, export, plan, wan_check
 
 PROGRAMS = (train.Teacher, train.Interpolator, train.Distill, sample.Sample, encode.Encode,
-            plan.Distill, demo.Demo, AVDConfig, Baseline)
+            plan.Distill, demo.Demo, export.Export, wan_check.WanCheck, AVDConfig, Baseline)
 VALUES = ("nan", "inf", "-inf", "-1", "1e31", "1e308", "1e999", "65536", "1000000000000",
           str(2**63), "9" * 30, "x", "", "0x10", "1_0", "None", "True")
 PLAUSIBLE = ("-0.0", "0", "0.5", "0.9", "1", "2", "1e-40", "1e-300", "1000", "1e6", "1e30")

@@ -1,16 +1,20 @@
 """Several ranks, accumulation, LoRA and averaged weights against one plain process."""
 
+import re
 import shutil
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+import adavid
+import sample
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
 from runtime.run import lock_folder
 from tests import miniature_wan
-from tests.helpers import ROOT, distill, equal, read_lines, saved, torchrun
+from tests.helpers import ROOT, complaint, distill, equal, read_lines, saved, torchrun
 from tiny_wan import ToyCodec, WanModel
 from tools import export
 
@@ -187,7 +191,13 @@ def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder
     assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
 
 
-def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):
+# A LoRA in a table of ComfyUI's loader: `load_lora` in comfy/lora.py looks up a weight's key
+# `diffusion_model.{name}` for each parameter of the model, and its LoRA reader takes
+# `{key}.lora_B.weight` and `{key}.lora_A.weight`, with `{key}.alpha` if there is one.
+COMFYUI = re.compile(r"diffusion_model\.(blocks\.\d+\.\w+\.\w+)\.lora_[AB]\.weight")
+
+
+def test_diffusers_and_comfyui_read_our_adapter_and_we_merge_it(tmp_path):
     pipe = miniature_wan.pipeline()
     pipe.transformer.save_pretrained(tmp_path / "wan")
     base = WanModel.from_pretrained(tmp_path / "wan")
@@ -200,6 +210,9 @@ def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):
     text = torch.randn(1, 512, 32, generator=g)
     wanted = student(x, t, text)
 
+    names = load_file(tmp_path / lora.FILE)
+    assert {COMFYUI.fullmatch(name)[1] + ".weight" for name in names} <= set(
+        WanModel.from_pretrained(tmp_path / "wan").state_dict())
     pipe.load_lora_weights(tmp_path, weight_name=lora.FILE)
     with torch.no_grad():
         theirs = pipe.transformer(x, t, text, return_dict=False)[0]
@@ -208,7 +221,45 @@ def test_diffusers_reads_our_adapter_and_export_merges_it(tmp_path):
                         "--out", str(tmp_path / "merged"), "--layout", "original"]) == 0
     merged = WanModel.from_pretrained(tmp_path / "merged")
     assert (merged(x, t, text) - wanted).abs().max() < 2e-5
+    adapter = next(iter(pipe.transformer.peft_config))
+    pipe.save_lora_weights(tmp_path / "theirs", get_peft_model_state_dict(
+        pipe.transformer, adapter_name=adapter))
+    theirs = WanModel.from_pretrained(tmp_path / "wan")
+    lora.merge(theirs, tmp_path / "theirs" / lora.FILE)
+    assert (theirs(x, t, text) - wanted).abs().max() < 2e-5
     assert (WanModel.from_pretrained(tmp_path / "wan")(x, t, text) - wanted).abs().max() > 0.1
+
+
+def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_path, capsys):
+    student = WanModel.from_pretrained(toy_folder, torch.float32)
+    g = torch.Generator().manual_seed(0)
+    for name, p in student.named_parameters():
+        if name.endswith((".q.weight", "ffn.2.weight")):  # of rank 3
+            up, down = torch.randn(len(p), 3, generator=g), torch.randn(3, p.shape[1], generator=g)
+            p.data += 0.02 * up @ down
+        elif name == "head.modulation":
+            p.data += 0.01
+    student.save_pretrained(tmp_path / "student", metadata={
+        "method": "AVD", "avd": adavid.AVDConfig(guidance_scale=3.0).to_json()})
+    for rank in (3, 2):
+        assert export.main(["--model", str(tmp_path / "student"), "--base", str(toy_folder),
+                            "--lora-rank", str(rank), "--out", str(tmp_path / str(rank))]) == 0
+    exact, rough = re.findall(r"leaves out ([\d.]+)%", capsys.readouterr().out)
+    assert float(exact) == 0 and 20 < float(rough) < 70
+
+    videos = {}
+    for name, flags in {"student": ["--model", tmp_path / "student"], "lora": [
+            "--model", toy_folder, "--lora", tmp_path / "3" / lora.FILE], "half": [
+            "--model", toy_folder, "--lora", tmp_path / "3" / lora.FILE, "--lora-scale", 0.5],
+            "base": ["--model", toy_folder]}.items():
+        assert sample.main(["a red ball", *map(str, flags), "--out", str(tmp_path / name),
+                            "--device", "cpu", "--save-latents", "--full-rate"]) == 0
+        videos[name] = load_file(tmp_path / name / "latents.safetensors")["latents"]
+    away = {name: (x - videos["student"]).norm().item() for name, x in videos.items()}
+    assert away["lora"] < 0.3 * away["half"] and away["half"] < away["base"]
+    code = sample.main(["a red ball", "--model", str(toy_folder), "--lora", str(
+        tmp_path / "3" / lora.FILE), "--lora-scale", "1", "2", "--out", str(tmp_path / "x")])
+    assert "2 weights for 1 LoRA" in complaint(capsys, code)
 
 
 # --- what must not go wrong with several ranks -----------------------------------------------

@@ -157,7 +157,7 @@ def test_the_readmes_commands_are_those_of_the_docs(tmp_path, monkeypatch):
 
 
 def test_flags_in_the_docs_exist(capsys):
-    known = {"--local-dir", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
+    known = {"--local-dir", "--dimension", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
              "--maxprocesses", "--ranks"}  # of hf, torchrun, pytest and torture
     stages = {"train.py": [["teacher"], ["interpolator"], ["distill"]],
               "baselines.py": [["lcm"]], "tools.plan": [["distill"], ["sample"]]}

@@ -1,6 +1,7 @@
 """Export a model for other software: the original code, Diffusers or ComfyUI.
 
     python -m tools.export --model runs/student --out exported --layout diffusers
+    python -m tools.export --model runs/student --base Wan2.1-T2V-1.3B --lora-rank 64 --out lora
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 
 from runtime import cli
-from runtime.lora import merge
+from runtime.lora import FILE, extract, merge
 from runtime.models import load_config
 from tiny_wan import WanModel, checkpoint
 
@@ -33,7 +34,11 @@ class Export:
     layout: Literal[checkpoint.LAYOUTS] = "diffusers"
     """of the files to write"""
     lora: Path | None = None
-    """a LoRA adapter that train.py trained on this model; it is merged into the weights"""
+    """a LoRA of this model, in a file; it is merged into the weights"""
+    lora_rank: int | None = None
+    """write the difference between the model and its --base as a LoRA of this rank"""
+    base: Path | None = None
+    """with --lora-rank: the model that this one was distilled from"""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """of the weights, by default the model's own; what Wan computes in float32 stays float32"""
 
@@ -49,6 +54,10 @@ def run(args):
     if {folder.resolve() for folder in own} & {home.resolve(), out.resolve()}:
         raise ValueError(f"--out {args.out} would write to the model's own folder; choose another")
 
+    if (args.lora_rank is None) != (args.base is None):
+        raise ValueError("--lora-rank and --base go together")
+    if args.base:
+        return export_lora(args)
     distilled = args.lora or args.model  # the file with the method's numbers
     config, metadata = load_config(distilled), checkpoint.read_metadata(distilled)
     model = WanModel.from_pretrained(args.model, args.dtype and getattr(torch, args.dtype))
@@ -69,6 +78,19 @@ def run(args):
         shutil.copy(interpolator, home)
     sigmas = ", ".join(f"{t / 1000:g}" for t in config.timesteps)
     print(f"{args.out}: written in the {args.layout} layout; sample with the sigmas {sigmas}, 0")
+
+
+def export_lora(args):
+    student, base = (WanModel.from_pretrained(path) for path in (args.model, args.base))
+    if student.config != base.config:
+        raise ValueError(f"{args.base}: its sizes are not those of {args.model}")
+    with torch.no_grad():
+        tensors, missed, others = extract(student, base, args.lora_rank)
+    kept = {k: v for k, v in checkpoint.read_metadata(args.model).items() if k != "config"}
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_files({args.out / FILE: tensors}, kept | {"format": "pt"})
+    print(f"{args.out / FILE}: of the norm of all changes, rank {args.lora_rank} leaves out "
+          f"{missed:.1%}, and {others:.1%} are in biases, norms and embeddings, which it lacks")
 
 
 if __name__ == "__main__":
