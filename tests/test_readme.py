@@ -157,8 +157,8 @@ def test_the_readmes_commands_are_those_of_the_docs(tmp_path, monkeypatch):
 
 
 def test_flags_in_the_docs_exist(capsys):
-    known = {"--local-dir", "--dimension", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
-             "--maxprocesses", "--ranks"}  # of hf, torchrun, pytest and torture
+    known = {"--local-dir", "--dimension", "--max-restarts", "--shutdown-timeout", "--nnodes",
+             "--dist", "--maxprocesses", "--ranks"}  # of hf, VBench, torchrun, pytest and torture
     stages = {"train.py": [["teacher"], ["interpolator"], ["distill"]],
               "baselines.py": [["lcm"]], "tools.plan": [["distill"], ["sample"]]}
     for name, main in PROGRAMS.items():
