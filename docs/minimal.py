@@ -48,12 +48,14 @@ def distil(model=WEIGHTS, cycles=30, batch_size=16):
     teacher, student, critic = (WanModel.from_pretrained(model, torch.float32) for _ in range(3))
     teacher.requires_grad_(False)
     student_optimizer, critic_optimizer = (
-        torch.optim.AdamW(model.parameters(), lr, betas=config.betas,
+        torch.optim.AdamW(network.parameters(), lr, betas=config.betas,
                           weight_decay=config.weight_decay)
-        for model, lr in ((student, config.lr), (critic, config.critic_lr)))
+        for network, lr in ((student, config.lr), (critic, config.critic_lr)))
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k)
 
     for cycle in tqdm(range(cycles)):
+        # Batches are numbered through: with five critic updates, cycle c has 5c to 5c + 4. The
+        # student's update uses the first of them.
         first, values = cycle * config.critic_updates, {}
         real, text, step, generators = load_batch(config, first, batch_size)
         for loss, more in adavid.student_losses(student, teacher, critic, cache, real, text,
