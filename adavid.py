@@ -334,9 +334,10 @@ class LossMeanCache(nn.Module):
 def temporal_loss(x0, eps=1e-6, truncation=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
-    Var_f is the population variance over the frames. The paper's truncation is a gate: a sample whose loss is at or below it moves enough and
-    contributes neither value nor gradient. A sample above it counts in full. Without the gate the
-    loss would never be satisfied: variance over time can always grow, at last by flicker.
+    Var_f is the population variance over the frames. The paper's truncation is a gate: a sample
+    whose loss is at or below it moves enough and contributes neither value nor gradient. A sample
+    above it counts in full. Without the gate the loss would never be satisfied: variance over time
+    can always grow, at last by flicker.
     """
     loss = -torch.log(kernels.temporal_variance(x0) + eps)
     if truncation is not None:

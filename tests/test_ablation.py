@@ -16,18 +16,18 @@ import torch
 import tyro
 
 import adavid
+import baselines
 import train
 from runtime.data import Shards
 from tests.helpers import complaint, read_lines
 from tests.test_demo import pictures_of_page_that_stands_alone
-from tiny_wan import ToyCodec, world
-from tools import ablation, demo, page
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, world
+from tools import ablation, bench, demo, page
 
 CONDITIONS = """
 seeds = [0, 1]
 prompt_seed = 3000
 prompts = 12
-flags = "--steps 1 --batch-size 2"
 taken = [10, 1010]
 
 [data.spoilt]
@@ -36,8 +36,9 @@ share = 0.5
 kinds = ["cut", "night"]
 
 [students]
-dmd = { flags = "--lambda-reg 0 --lambda-temp 0" }
-avd = { data = "spoilt", replace = ["temporal_loss"] }
+dmd = { flags = "--steps 1 --batch-size 2 --lambda-reg 0 --lambda-temp 0", forwards = 3 }
+avd = { data = "spoilt", flags = "--steps 1 --batch-size 2", forwards = 3 }
+spread = { cache = "spread", flags = "--steps 1 --batch-size 2", forwards = 3 }
 
 [rows]
 real = { title = "real videos", sampler = "real" }
@@ -46,18 +47,28 @@ dmd = { title = "DMD", student = "dmd", strides = [1, 1, 1, 1] }
 avd = { title = "AVD", student = "avd" }
 renumbered = { title = "AVD, renumbered", student = "avd", renumbered = true }
 mean = { title = "AVD, plain mean", student = "avd", interpolator = "mean", seeds = 1 }
+spread = { title = "AVD, spread", student = "spread", seeds = 1 }
+
+[summary]
+rows = ["real", "dmd", "avd"]
+columns = ["instance"]
+
+[figures.training]
+x = "forwards"
+columns = ["instance"]
+lines = { DMD = ["dmd"], AVD = ["avd"] }
 
 [[questions]]
 asks = "Which loss cures what?"
 rows = ["real", "teacher", "dmd", "avd"]
-columns = ["instance", "saturation"]
+columns = ["instance", "saturation", "forwards"]
 differences = [["avd", "dmd"]]
 plots = ["instance", "saturation"]
 answer = "None: {gflops avd real}, it is {instance real}."
 
 [[questions]]
 asks = "Where do frames stand?"
-rows = ["avd", "renumbered", "mean"]
+rows = ["avd", "renumbered", "mean", "spread"]
 columns = ["motion", "motion_open"]
 plots = ["motion"]
 answer = "Where they were."
@@ -90,11 +101,14 @@ def measurements(folder):
 def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(folder, tmp_path):
     lines = measurements(folder)
     assert lines.keys() == {(row, seed) for row in (
-        "real", "teacher", "dmd", "avd", "renumbered", "mean") for seed in (0, 1)} - {("mean", 1)}
+        "real", "teacher", "dmd", "avd", "renumbered", "mean", "spread") for seed in (0, 1)} - {
+        ("mean", 1), ("spread", 1)}
     assert all(len(line["scores"]["instance"]) == 12 for line in lines.values())
     assert len({tuple(line["scores"]["flicker"]) for line in lines.values()}) == len(lines)
     assert lines["avd", 0]["gflops"] < 0.9 * lines["dmd", 0]["gflops"]
     assert lines["avd", 0]["weights"]["cut"][0] < 0.5
+    assert lines["avd", 0]["weights"]["correlation with grain"][1] < -0.5
+    assert "weights" not in lines["spread", 0]  # whose cache is another
 
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "out")
@@ -103,6 +117,19 @@ def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(f
     assert not list((copy / "out").iterdir())
     again = measurements(copy)
     assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
+
+
+def test_pages_leave_out_what_is_not_measured_yet(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    lines = [line for line in (copy / "docs" / "measurements.jsonl").read_text().splitlines()
+             if '"row":"dmd"' not in line]
+    (copy / "docs" / "measurements.jsonl").write_text("\n".join(lines))
+    (copy / "docs" / "results.md").write_text("<!-- results -->\n<!-- end -->\n"
+                                              "<!-- answers -->\n<!-- end -->\n")
+    assert ablation.main([*flags(copy), "--pages"]) == 0
+    text = (copy / "docs" / "results.md").read_text()
+    assert "real videos" in text and "DMD" not in text
+    assert "Where do frames stand?" in text and "Which loss cures what?" not in text
 
 
 @pytest.mark.long
@@ -161,24 +188,28 @@ def test_the_frechet_distance_is_that_of_normal_distributions(monkeypatch):
     assert ablation.frechet("other", "real", []) == pytest.approx(size * 2**2 + 1 + 2**2 + 1)
 
 
-def test_the_relative_temporal_loss_sees_through_contrast():
-    video, _ = world.make(0, range(4))
-    x0 = ToyCodec().encode(video)
-    x0 = x0 - x0.mean()
-    plain, relative = adavid.temporal_loss, ablation.relative_temporal_loss
-    assert relative(3 * x0).item() == pytest.approx(relative(x0).item(), abs=1e-4)
-    assert plain(3 * x0) < plain(x0) - 2
-    assert relative(x0, truncation=100.0) == 0
+def test_weights_in_units_of_the_spread_do_not_depend_on_the_losses_scale():
+    step = torch.arange(2).repeat(500)
+    loss = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 1
+    loss[::2] *= 100  # step 0
+    cache, plain = ablation.SpreadCache(2, k=3.0), adavid.LossMeanCache(2, k=3.0)
+    assert (cache(step, loss) == 0.5).all()
+    plain.update(step, loss)
+    std = torch.stack([loss[::2].std(correction=0), loss[1::2].std(correction=0)])
+    scaled = loss / std[step]
+    by_hand = 1 - torch.sigmoid(3 * (scaled - (plain.means / std)[step]))
+    torch.testing.assert_close(cache.weigh(step, loss), by_hand, rtol=1e-3, atol=1e-3)
+    assert plain.weigh(step, loss)[::2].std() > 0.45  # all or nothing
 
 
 def measured(tmp_path, scores):
     """A row for each entry of `scores`, `[seeds, prompts]` of "saturation"."""
-    conditions = {"seeds": [0, 1, 2], "prompts": 200, "prompt_seed": 3000, "flags": "",
+    conditions = {"seeds": [0, 1, 2], "prompts": 200, "prompt_seed": 3000,
                   "students": {}, "data": {},
                   "rows": {name: {"title": name, "seeds": [0, 1, 2]} for name in scores}}
     result = ablation.Measurements(conditions, tmp_path / "measurements.jsonl")
     result.save([{"row": name, "seed": seed, "definition": ablation.definition(conditions, name),
-                  "scores": {"saturation": row.tolist(), "direction": [None] * 200}}
+                  "scores": {"saturation": row.tolist()}}
                  for name, values in scores.items() for seed, row in enumerate(values)])
     return ablation.Measurements(conditions, result.file)
 
@@ -232,14 +263,11 @@ def committed():
 @pytest.mark.parametrize("file, names", [
     ("README.md", ["results"]), ("docs/results.md", ["table", "claims", "answers"])])
 def test_the_pages_say_what_the_measurements_say(committed, file, names, tmp_path):
-    assert committed.lines.keys() == {
-        (name, seed) for name, row in committed.conditions["rows"].items()
-        for seed in row["seeds"]}
     text = (ablation.DOCS.parent / file).read_text(encoding="utf-8")
     assert all(text.count(f"<!-- {name} -->\n") == 1 for name in names)
     copy = tmp_path / "page.md"
     copy.write_text(text, encoding="utf-8")
-    page.fill(copy, ablation.blocks(committed))
+    page.fill(copy, ablation.blocks(committed.finished()))
     assert copy.read_text(encoding="utf-8") == text
 
 
@@ -251,7 +279,28 @@ def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops(committed):
 def test_the_conditions_are_flags_of_train_and_share_no_random_stream(committed):
     assert {train.GRID_SEED, demo.DEMO_SEED} <= set(committed.conditions["taken"])
     for student in committed.conditions["students"].values():
-        tyro.cli(train.Distill, args=["--out", "x", *shlex.split(student.get("flags", ""))])
+        flags = tyro.cli(train.Distill, args=["--out", "x"])
+        if method := student.get("method"):
+            numbers = baselines.default_numbers(method, WEIGHTS)
+            flags = baselines.Baseline(Path("x"), numbers=numbers)
+        flags = tyro.cli(type(flags), default=flags, args=shlex.split(student["flags"]))
+        assert student["forwards"] == pytest.approx(forwards(student, flags), rel=0.01)
+
+
+def forwards(student, flags):
+    """What a student's training takes, from its flags. tests/test_baselines.py counts an update."""
+    per_update = {"lcm": 6, "dcm": 7.88, "rcm": 33}
+    if (method := student.get("method")) in per_update:
+        return per_update[method] * flags.steps
+    numbers = flags.numbers if method else flags.avd
+    shape = ToyCodec.latent_shape(ToyCodec)
+    cost, strides = bench.forward_costs(PRESETS["tiny"], shape), numbers.train_strides
+    served = numbers.critic_updates if not method and flags.one_rollout else 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adavid, "AVDConfig", lambda: numbers)
+        cycle = bench.forwards(cost, True, served, strides)
+    cycle -= 0 if numbers.lambda_reg else 3
+    return cycle * flags.steps + (30 * 32.5 if student.get("init") == "dmd-30" else 0)
 
 
 @pytest.mark.parametrize("old, new, says", [

@@ -239,6 +239,16 @@ def score(video, prompts):
     }
 
 
+def traits(video, prompts):
+    """What may make real videos hard to learn from, `[b]` each."""
+    r, first = read(video, prompts), video[:, :, 0]
+    floor = first[:, 0].masked_fill(chroma_of(first) > CHROMA, NAN)
+    return {"two balls": r["x"].isnan().logical_not().sum(1) - 1.0,
+            "size": r["size"].nanmean(1),
+            "speed": torch.hypot(r["vx"], r["vy"]).nanmean(1),
+            "grain": floor.diff(n=2, dim=-1).square().nanmean((1, 2)).sqrt()}
+
+
 def connected(balls, coloured):
     """Whether a path of `coloured` pixels `b f h w` leads from one of `balls` `b 2 f h w` to the
     other, in each frame: `[b, f]`."""

@@ -6,11 +6,12 @@
 A job trains one student with one seed, on one thread in its own process. Then each row that uses
 this student draws the same prompts from the same noise, and the oracle scores the videos. Each row
 and seed is one line of docs/measurements.jsonl. The command runs only the jobs that are missing
-there, so it can be stopped with Ctrl-C and started again. At the end it writes docs/results.html,
-docs/figures/ablation.png, and the generated parts of README.md and docs/results.md.
+there, so it can be stopped with Ctrl-C and started again. At the end, or with `--pages`, it writes
+docs/results.html, figures, and the generated parts of README.md and docs/results.md.
 """
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -30,18 +31,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 import adavid
 import baselines
 import train
+from adavid import LossMeanCache
 from runtime import cli
 from runtime.data import INDEX, write_toy_shards
 from runtime.experts import load_student
 from runtime.models import load_config, load_interpolator
 from runtime.run import make_generator
 from sample import sample_batches
-from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, world
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
 from tools import costs, page
 
 CONDITIONS = Path(__file__).with_suffix(".toml")
@@ -50,15 +53,15 @@ DATA_SEED = 5000  # + seed: of real videos in shards
 KINDS = ("mislabelled", "cut", "frozen", "noisy", "night")  # of unreliable real videos
 READINGS = ("x", "y", "vx", "vy", "red", "green", "blue", "size")  # of the Fréchet distance
 TIMESTEPS = [f"{t:g}" for t in adavid.AVDConfig.timesteps]
+SCORES = {"motion": "speed", "motion_open": "open_speed"}  # their names in the oracle's scores
 RELATIVE = ("motion", "motion_open", "saturation", "flicker")  # to the real data's mean
 COLUMNS = {
-    "instance": "instance preservation", "prompt": "prompt accuracy",
-    "dynamic_named": "dynamic degree on named prompts",
-    "dynamic_open": "dynamic degree on open prompts", "motion": "motion",
-    "motion_open": "motion on open prompts", "saturation": "saturation", "flicker": "flicker",
+    "instance": "instance preservation", "prompt": "prompt accuracy", "motion": "motion",
+    "motion_open": "motion of open balls", "saturation": "saturation", "flicker": "flicker",
     **{failure: failure for failure in world.FAILURES},
     "ground": "background brightness", "diversity": "diversity", "frechet": "Fréchet distance",
-    "gflops": "GFLOPs", "seconds": "seconds",
+    "steps": "steps", "gflops": "GFLOPs for a video", "forwards": "forwards to train",
+    "seconds": "seconds",
     **{f"reg_std_{t}": f"spread of losses at t = {t}" for t in TIMESTEPS},
     **{f"weight_{t}": f"mean weight at t = {t}" for t in TIMESTEPS}}
 
@@ -76,6 +79,8 @@ class Ablation:
     """folder for the students"""
     quick: bool = False
     """one seed, 64 prompts and the main rows only, all in runs/ablation-quick"""
+    pages: bool = False
+    """measure nothing, and write the pages of what has been measured"""
 
 
 def main(argv=None):
@@ -95,7 +100,7 @@ def run(args):
             if (name, seed) not in measured.lines:
                 jobs[row.get("student"), seed].append(name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
-    if jobs:
+    if jobs and not args.pages:
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
         pool = multiprocessing.get_context("spawn").Pool(
             min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
@@ -108,7 +113,7 @@ def run(args):
                                                  some):
                     measured.save(lines)
                     bar.update()
-    write_pages(args, measured)
+    write_pages(args, measured.finished())
 
 
 def start_process():
@@ -151,10 +156,17 @@ def definition(conditions, name):
     """Everything that decides a row's numbers, except the seed."""
     row = conditions["rows"].get(name, {})
     student = conditions["students"].get(row.get("student"), {})
-    data = conditions["data"].get(student.get("data"), {})
-    kept = {key: conditions[key] for key in ("prompts", "prompt_seed", "flags")}
-    return kept | {"row": {k: v for k, v in row.items() if k not in ("title", "seeds")},
-                   "student": student, "data": data}
+    return {"teacher": teacher_digest(), "prompts": conditions["prompts"],
+            "prompt_seed": conditions["prompt_seed"],
+            "row": {k: v for k, v in row.items() if k not in ("title", "seeds")},
+            "student": {k: v for k, v in student.items() if k != "forwards"},
+            "data": conditions["data"].get(student.get("data"), {})}
+
+
+@functools.cache
+def teacher_digest():
+    """A new teacher, and with it a new world, makes all measurements outdated."""
+    return hashlib.sha256(checkpoint.weight_files(WEIGHTS)[0].read_bytes()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,8 +185,7 @@ def job(out, conditions, item):
         student = conditions["students"][name]
         program = baselines if "method" in student else train
         argv = [student.get("method", "distill"), "--out", str(folder), "--seed", str(seed),
-                "--device", "cpu", *shlex.split(conditions["flags"]),
-                *shlex.split(student.get("flags", ""))]
+                "--device", "cpu", *shlex.split(student["flags"])]
         if "data" in student:
             shards = out / f"data-{student['data']}-{seed}"
             if not (shards / INDEX).is_file():
@@ -182,8 +193,8 @@ def job(out, conditions, item):
             argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
         if "init" in student:
             argv += ["--init-student", str(out / f"{student['init']}-{seed}")]
-        if "replace" in student:
-            adavid.temporal_loss = relative_temporal_loss
+        if student.get("cache") == "spread":
+            adavid.LossMeanCache = SpreadCache  # this process has no other job
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
             code = program.main(argv)
@@ -192,13 +203,25 @@ def job(out, conditions, item):
     return [measure(conditions, row, folder, seed) for row in rows]
 
 
-def relative_temporal_loss(x0, eps=1e-6, truncation=None, temporal_loss=adavid.temporal_loss):
-    """L_temp of the variance over time relative to the variance over space.
+class SpreadCache(LossMeanCache):
+    """Eq. 7 with the losses in units of their own spread at each step:
 
-    Saturation raises both, so it does not pass for motion. The latter gives no gradient.
+        w = 1 - sigmoid(k (L - Lbar) / std)
     """
-    contrast = x0.float().var(dim=(3, 4), correction=0).mean(dim=(1, 2)).detach()
-    return temporal_loss(x0 / contrast.sqrt().view(-1, 1, 1, 1, 1), eps, truncation)
+
+    def __init__(self, num_steps, decay=0.95, k=3.0):
+        super().__init__(num_steps, decay, k)
+        self.squares = LossMeanCache(num_steps, decay)  # its means are those of L^2
+
+    @torch.no_grad()
+    def weigh(self, step, loss):
+        std = (self.squares.means - self.means.square()).clamp(min=1e-12).sqrt()[step]
+        excess = (loss.float() - self.means[step]) / std
+        return 1 - torch.sigmoid(self.k * torch.where(self.filled[step], excess, 0.0))
+
+    def update(self, step, loss):
+        super().update(step, loss)
+        self.squares.update(step, loss.float().square())
 
 
 def write_shards(folder, seed, count, share=0.0, kinds=(), null_prompt=""):
@@ -252,7 +275,7 @@ def measure(conditions, name, folder, seed):
     """A row's measurement: what the oracle reads from its videos, and what they cost."""
     row, codec, eval_seed = conditions["rows"][name], ToyCodec(), conditions["prompt_seed"] + seed
     real, prompts = world.make(eval_seed, range(conditions["prompts"]))
-    video, seconds, flops, text = real, 0.0, 0.0, codec.encode_text(prompts)
+    video, steps, seconds, flops, text = real, 0, 0.0, 0.0, codec.encode_text(prompts)
     if row.get("sampler") != "real":
         start = time.perf_counter()
         video = codec.decode(torch.cat(list(sample_batches(
@@ -260,41 +283,55 @@ def measure(conditions, name, folder, seed):
         seconds = (time.perf_counter() - start) / len(video)
         one = costs.inputs(PRESETS["tiny"], codec.latent_shape(), batch_size=1)
         flops, *_ = costs.count(lambda: sampler_of(row, folder, "meta")(*one, None))
+        steps = row.get("steps", len(load_config(folder).timesteps))
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
-            "scores": {key: [None if v != v else round(v, 4) for v in scores[key].tolist()]
-                       for key in ("instance", "prompt", "dynamic", "direction", "speed",
-                                   "saturation", "flicker", *world.FAILURES)},
+            "scores": {key: [compact(v) for v in scores[key].tolist()] for key in (
+                "instance", "prompt", "speed", "open_speed", "saturation", "flicker",
+                *world.FAILURES)},
             "ground": scores["ground"].mean().item(),
             "diversity": world.diversity(video, real, prompts),
             "frechet": frechet(video, real, prompts),
-            "gflops": flops / 1e9, "seconds": seconds}
+            "steps": steps, "gflops": flops / 1e9, "seconds": seconds}
     if "student" in row:
         log = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-        line["training"] = {key: float(np.mean(values)) for key in COLUMNS
+        line["training"] = {key: float(np.mean(values)) for t in TIMESTEPS
+                            for key in (f"reg_std_{t}", f"weight_{t}")
                             if (values := [s[key] for s in log if s.get(key) is not None])}
-        line["weights"] = weights(folder, log[-1], real, text)
-    if seed == conditions["seeds"][0] and name in conditions["questions"][0]["rows"]:
+        student = conditions["students"][row["student"]]
+        if line["training"] and "cache" not in student:
+            line["weights"] = weights(folder, log[-1], real, prompts)
+    shown = {row for question in conditions["questions"][:2] for row in question["rows"]}
+    if seed == conditions["seeds"][0] and name in shown:
         line["videos"] = [page.moving_picture(video[i]) for i in page.shown(prompts)]
     return line
 
 
-def weights(folder, log, real, text):
-    """The mean weight at each step that a finished student gives to each kind of real videos."""
-    config, codec, result = load_config(folder), ToyCodec(), {}
-    if not any(name.startswith("cache_") for name in log):
-        return result
-    student = WanModel.from_pretrained(folder, torch.float32)
+def compact(value):
+    """A number as it stands in the measurements: three decimals, and None for NaN."""
+    return None if value != value else int(value) if value in (0, 1) else round(value, 3)
+
+
+def weights(folder, log, real, prompts):
+    """The weights of a finished student: for each kind of real videos, the mean at each step. And
+    the correlation of the reliable ones' weights with what the videos show."""
+    config, codec, text = load_config(folder), ToyCodec(), ToyCodec().encode_text(prompts)
+    student, result = WanModel.from_pretrained(folder, torch.float32), {}
     for kind in ("reliable", *KINDS):
         video = real if kind == "reliable" else spoil(kind, real, make_generator(0, kind))
-        result[kind] = []
+        weight = []
         for i, timestep in enumerate(config.timesteps):
             with torch.no_grad():
                 loss = adavid.regression_loss(
                     student, codec.encode(video), text, torch.full((len(video),), i), config,
                     generator=torch.Generator().manual_seed(i))
             deviation = loss - log[f"cache_{timestep:g}"]
-            result[kind].append((1 - torch.sigmoid(config.k * deviation)).mean().item())  # eq. 7
+            weight.append(1 - torch.sigmoid(config.k * deviation))  # eq. 7
+        result[kind] = [w.mean().item() for w in weight]
+        if kind == "reliable" and config.k:
+            result |= {f"correlation with {name}": [
+                torch.corrcoef(torch.stack([w, trait]))[0, 1].item() for w in weight]
+                for name, trait in world.traits(real, prompts).items()}
     return result
 
 
@@ -336,6 +373,28 @@ class Measurements:
                                 for line in self.lines.values()))
         os.replace(part, self.file)
 
+    def finished(self):
+        """These measurements, with the questions and claims for which all is measured."""
+        rows = {name for name, row in self.conditions["rows"].items()
+                if all((name, seed) in self.lines for seed in row["seeds"])}
+
+        def answered(question):
+            return rows.issuperset(question["rows"])
+
+        def tested(claim):
+            return rows.issuperset(t[side] for t in claim["tests"] for side in ("row", "against"))
+
+        def drawn(figure):
+            return rows.issuperset(row for line in figure["lines"].values() for row in line)
+
+        summary, figures = self.conditions["summary"], self.conditions.get("figures", {})
+        return Measurements(self.conditions | {
+            "questions": list(filter(answered, self.conditions["questions"])),
+            "claims": list(filter(tested, self.conditions["claims"])),
+            "summary": summary | {"rows": [row for row in summary["rows"] if row in rows]},
+            "figures": {name: figure for name, figure in figures.items() if drawn(figure)}},
+            self.file)
+
     def of_row(self, row):
         return [self.lines[row, seed] for seed in self.conditions["rows"][row]["seeds"]]
 
@@ -345,14 +404,13 @@ class Measurements:
     def values(self, row, column):
         """`[seeds, prompts]`, NaN where a prompt says nothing about the column."""
         lines = [line | line.get("training", {}) for line in self.of_row(row)]
+        if column == "forwards":
+            student = self.conditions["students"].get(self.conditions["rows"][row].get("student"))
+            lines = [{column: student["forwards"] if student else 0} for _ in lines]
         if column in lines[0]:  # one number for all prompts
             return np.array([[line[column]] * self.conditions["prompts"] for line in lines])
-        reading, _, which = column.replace("motion", "speed").partition("_")
-        values, direction = (np.array([line["scores"][name] for line in lines], dtype=float)
-                             for name in (reading, "direction"))
-        if which:
-            values[np.isnan(direction) != (which == "open")] = np.nan
-        return values
+        return np.array([line["scores"][SCORES.get(column, column)] for line in lines],
+                        dtype=float)
 
     def interval(self, column, row, other=None):
         """Mean and 95% interval of a row, or of its difference from another row."""
@@ -448,12 +506,17 @@ def write_pages(args, measured):
     conditions = measured.conditions
     main, *others = conditions["questions"]
     draw(measured, main).savefig(args.docs / "figures" / "ablation.png", dpi=110)
+    for name, figure in conditions.get("figures", {}).items():
+        draw_lines(measured, **figure).savefig(args.docs / "figures" / f"{name}.png", dpi=110)
     first = conditions["seeds"][0]
     _, prompts = world.make(conditions["prompt_seed"] + first, range(conditions["prompts"]))
-    videos = zip(*(measured.lines[row, first]["videos"] for row in main["rows"]))
+    videos = {row: line["videos"] for (row, seed), line in measured.lines.items()
+              if seed == first and "videos" in line}
     kinds = ""
-    for row in [row for row in ("avd", "mixed") if row in conditions["rows"]]:
-        weights = [line["weights"] for line in measured.of_row(row)]
+    for row in ("avd", "mixed"):
+        weights = [line["weights"] for (name, _), line in measured.lines.items() if name == row]
+        if not weights:
+            continue
         kinds += page.table([[measured.title(row), *(f"t = {t}" for t in TIMESTEPS)], *(
             [kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
             for kind in weights[0])])
@@ -464,8 +527,10 @@ data's.</p>
 {section(measured, main)}
 <h2>The paper's claims</h2>{page.table(verdicts(measured), "words")}
 <h2>The same prompts, the same noise</h2>
-{page.video_table(map(measured.title, main["rows"]),
-                  dict(zip((prompts[i] for i in page.shown(prompts)), videos)))}
+{page.video_table(map(measured.title, videos), dict(zip(
+    (prompts[i] for i in page.shown(prompts)), zip(*videos.values()))))}
+{"".join(page.chart(draw_lines(measured, **figure))
+         for figure in conditions.get("figures", {}).values())}
 {"".join(section(measured, question) for question in others)}
 <h2>Which weights do finished students give to each kind of real videos?</h2>
 {kinds}""")
@@ -505,6 +570,25 @@ def draw(measured, question):
         axes.set_title(COLUMNS[column], fontsize="small")
     panels[0].set_yticks(range(len(rows)), map(measured.title, rows))
     panels[0].invert_yaxis()
+    return figure
+
+
+def draw_lines(measured, x, columns, lines):
+    """A panel for each column against the column `x`, with a line through the rows of each entry
+    of `lines`, from their titles to their names."""
+    figure = Figure(figsize=(3.4 * len(columns), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, column in zip(panels, columns):
+        for title, rows in lines.items():
+            at = [measured.interval(x, row)[0] for row in rows]
+            mean, low, high = np.array([measured.interval(column, row) for row in rows]).T
+            axes.errorbar(at, mean, yerr=np.abs([mean - low, high - mean]), marker="o",
+                          markersize=4, capsize=2, label=title)
+        axes.set(title=COLUMNS[column], xscale="log", xlabel=COLUMNS[x])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 

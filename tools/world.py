@@ -86,14 +86,9 @@ def hardness(teacher, config, codec, device, count=2048):
     eq. 7's sigmoid varies.
     """
     video, prompts = world.make(SEEDS[0], range(count))
-    read, first = world.read(video, prompts), video[:, :, 0]
-    floor = first[:, 0].masked_fill(world.chroma_of(first) > world.CHROMA, torch.nan)
-    reasons = {"two balls": torch.tensor([float(p.count("ball") == 2) for p in prompts]),
-               "size": read["size"].nanmean(1),
-               "speed": torch.hypot(read["vx"], read["vy"]).nanmean(1),
-               "grain": floor.diff(n=2, dim=-1).square().nanmean((1, 2)).sqrt()}
+    traits = world.traits(video, prompts)
     rows = [["t", "mean loss", "spread", "k x spread",
-             *(f"correlation with {reason}" for reason in reasons)]]
+             *(f"correlation with {trait}" for trait in traits)]]
     for step, t in enumerate(config.timesteps):
         losses = []
         for part in torch.arange(count).split(256):
@@ -106,7 +101,7 @@ def hardness(teacher, config, codec, device, count=2048):
         rows.append([f"{t:g}", f"{loss.mean():.3f}", f"{loss.std():.3f}",
                      f"{config.k * loss.std():.2f}", *(
                          f"{torch.corrcoef(torch.stack([loss, values]))[0, 1]:+.2f}"
-                         for values in reasons.values())])
+                         for values in traits.values())])
     return rows
 
 
