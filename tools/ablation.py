@@ -99,6 +99,9 @@ def run(args):
         for seed in row["seeds"]:
             if (name, seed) not in measured.lines:
                 jobs[row.get("student"), seed].append(name)
+    for name, seed in list(jobs):
+        if init := conditions["students"].get(name, {}).get("init"):
+            jobs[init, seed]  # even if its own rows are measured
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     if jobs and not args.pages:
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
