@@ -240,6 +240,14 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     assert re.findall("rises|falls|does not change", told) == ["rises", "falls", "does not change"]
 
 
+def test_a_rank_is_by_the_papers_score_and_by_the_distance_from_real_videos(tmp_path):
+    table = measured(tmp_path, {"real": np.ones((3, 200)), "high": np.full((3, 200), 1.5),
+                                "low": np.full((3, 200), 0.8), "right": np.full((3, 200), 1.1)})
+    table.conditions["paper"] = {"benchmarks": ["paper"], "columns": ["saturation"],
+                                 "rows": {"low": [70], "right": [60], "high": [80]}}
+    assert ablation.ranks(table)[1:] == [["low", "2", "2"], ["right", "3", "1"], ["high", "1", "3"]]
+
+
 @pytest.mark.long
 def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -54,6 +54,7 @@ KINDS = ("mislabelled", "cut", "frozen", "noisy", "night")  # of unreliable real
 READINGS = ("x", "y", "vx", "vy", "red", "green", "blue", "size")  # of the Fréchet distance
 TIMESTEPS = [f"{t:g}" for t in adavid.AVDConfig.timesteps]
 SCORES = {"motion": "speed", "motion_open": "open_speed"}  # their names in the oracle's scores
+WHOLE = ("steps", "forwards")  # numbers
 RELATIVE = ("motion", "motion_open", "saturation", "flicker")  # to the real data's mean
 COLUMNS = {
     "instance": "instance preservation", "prompt": "prompt accuracy", "motion": "motion",
@@ -391,7 +392,9 @@ class Measurements:
             return rows.issuperset(row for line in figure["lines"].values() for row in line)
 
         summary, figures = self.conditions["summary"], self.conditions.get("figures", {})
+        paper = self.conditions.get("paper")
         return Measurements(self.conditions | {
+            "paper": paper if paper and rows.issuperset(paper["rows"]) else None,
             "questions": list(filter(answered, self.conditions["questions"])),
             "claims": list(filter(tested, self.conditions["claims"])),
             "summary": summary | {"rows": [row for row in summary["rows"] if row in rows]},
@@ -442,10 +445,10 @@ def draws(seeds, prompts, number=2000):
     return result
 
 
-def said(mean, low, high, sign=""):
+def said(mean, low, high, sign="", digits=3):
     """A mean and half of its interval; the mean alone if nothing varies."""
-    half = f" ± {(high - low) / 2:.3f}" if high - low > 1e-3 else ""
-    return f"{round(mean, 3) + 0.0:{sign}.3f}{half}"
+    half = f" ± {(high - low) / 2:.{digits}f}" if high - low > 1e-3 else ""
+    return f"{round(mean, digits) + 0.0:{sign}.{digits}f}{half}"
 
 
 def table(measured, question):
@@ -453,9 +456,24 @@ def table(measured, question):
     lines = [["", *(COLUMNS[column] for column in question["columns"])]]
     for rows in [*([row] for row in question["rows"]), *question.get("differences", ())]:
         sign = "+" if len(rows) == 2 else ""
-        lines.append([measured.title(*rows), *(said(*measured.interval(column, *rows), sign)
-                                               for column in question["columns"])])
+        lines.append([measured.title(*rows), *(
+            said(*measured.interval(column, *rows), sign, digits=0 if column in WHOLE else 3)
+            for column in question["columns"])])
     return lines
+
+
+def ranks(measured):
+    """A table: each method's rank by the paper's scores, and by its readings here; 1 is best.
+
+    A reading is better the nearer it is to real videos'.
+    """
+    paper, columns = measured.conditions["paper"], measured.conditions["paper"]["columns"]
+    scores = {row: [-score for score in paper["rows"][row]] + [
+        abs(measured.interval(column, row)[0] - measured.interval(column, "real")[0])
+        for column in columns] for row in paper["rows"]}
+    ranks = (np.argsort(np.argsort(list(scores.values()), axis=0), axis=0) + 1).tolist()
+    return [["", *paper["benchmarks"], *(COLUMNS[column] for column in columns)],
+            *([measured.title(row), *map(str, rank)] for row, rank in zip(scores, ranks))]
 
 
 def told(measured, text):
@@ -542,12 +560,14 @@ data's.</p>
 def blocks(measured):
     """The generated parts of README.md and docs/results.md, by name."""
     questions, claims = measured.conditions["questions"], verdicts(measured)
+    paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
     for says, verdict, _ in claims[1:]:
         summary += f"\n- {says}: {verdict.replace('not reproduced', '**not reproduced**')}."
     return {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),
+        "ranks": page.markdown(ranks(measured)) if paper else "",
         "claims": page.markdown(claims),
         "answers": "\n".join(f"- **{question['asks']}** {told(measured, question['answer'])}"
                              for question in questions)}
