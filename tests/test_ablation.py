@@ -248,6 +248,25 @@ def test_a_rank_is_by_the_papers_score_and_by_the_distance_from_real_videos(tmp_
     assert ablation.ranks(table)[1:] == [["low", "2", "2"], ["right", "3", "1"], ["high", "1", "3"]]
 
 
+def test_what_a_student_starts_from_is_trained_even_if_its_own_rows_are_measured(tmp_path):
+    table = measured(tmp_path, {"real": np.ones((3, 200)), "dmd": np.ones((3, 200))})
+    table.conditions["rows"] |= {"dmd": {"student": "dmd", "seeds": [0]},
+                                 "dfd": {"student": "dfd", "seeds": [0, 1]}}
+    table.conditions["students"] = {"dmd": {}, "dfd": {"init": "dmd"}}
+    assert ablation.missing(table.conditions, table) == {
+        ("dfd", 0): ["dfd"], ("dfd", 1): ["dfd"], ("dmd", 0): [], ("dmd", 1): []}
+
+
+def test_a_row_measured_again_is_printed_beside_its_first_measurement(folder, tmp_path, capsys):
+    again = [*flags(folder)[:4], "--out", str(tmp_path), "--row"]
+    assert ablation.main([*again, "teacher"]) == 0
+    heads, *lines = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["teacher,", "seed", "0", "again", "first"]
+    assert {line.split()[0] for line in lines} >= {"instance", "saturation", "frechet"}
+    assert all(line.split()[1] == line.split()[2] for line in lines)
+    assert "rows real, teacher" in complaint(capsys, ablation.main([*again, "nosuch"]))
+
+
 @pytest.mark.long
 def test_quick_draws_the_main_rows_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
     python -m tools.ablation             all of tools/ablation.toml: six hours on two cores
     python -m tools.ablation --quick     one seed, 64 prompts, the main rows only
+    python -m tools.ablation --row avd   one row with the first seed, beside its measurement
 
 A job trains one student with one seed, on one thread in its own process. Then each row that uses
 this student draws the same prompts from the same noise, and the oracle scores the videos. Each row
@@ -80,6 +81,8 @@ class Ablation:
     """folder for the students"""
     quick: bool = False
     """one seed, 64 prompts and the main rows only, all in runs/ablation-quick"""
+    row: str | None = None
+    """measure this row with the first seed once more, and print it beside the first measurement"""
     pages: bool = False
     """measure nothing, and write the pages of what has been measured"""
 
@@ -95,14 +98,9 @@ def run(args):
         folder.mkdir(parents=True, exist_ok=True)
     conditions = read_conditions(args.conditions, args.quick)
     measured = Measurements(conditions, args.docs / "measurements.jsonl")
-    jobs = defaultdict(list)
-    for name, row in conditions["rows"].items():
-        for seed in row["seeds"]:
-            if (name, seed) not in measured.lines:
-                jobs[row.get("student"), seed].append(name)
-    for name, seed in list(jobs):
-        if init := conditions["students"].get(name, {}).get("init"):
-            jobs[init, seed]  # even if its own rows are measured
+    if args.row:
+        return measure_again(args, measured)
+    jobs = missing(conditions, measured)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     if jobs and not args.pages:
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
@@ -118,6 +116,40 @@ def run(args):
                     measured.save(lines)
                     bar.update()
     write_pages(args, measured.finished())
+
+
+def missing(conditions, measured):
+    """What is to be measured: the rows of each student and seed."""
+    jobs = defaultdict(list)
+    for name, row in conditions["rows"].items():
+        for seed in row["seeds"]:
+            if (name, seed) not in measured.lines:
+                jobs[row.get("student"), seed].append(name)
+    for name, seed in list(jobs):
+        if init := conditions["students"].get(name, {}).get("init"):
+            jobs[init, seed]  # is trained even if its own rows are measured
+    return jobs
+
+
+def measure_again(args, measured):
+    """Measure a row with the first seed once more, and print it beside the first measurement."""
+    conditions, seed = measured.conditions, measured.conditions["seeds"][0]
+    if args.row not in conditions["rows"]:
+        raise ValueError(f"--row {args.row}: {args.conditions} has the rows "
+                         f"{', '.join(conditions['rows'])}")
+    torch.set_num_threads(1)  # as in the first measurement
+    name = conditions["rows"][args.row].get("student")
+    if init := conditions["students"].get(name, {}).get("init"):
+        job(args.out, conditions, ((init, seed), []))
+    line, = job(args.out, conditions, ((name, seed), [args.row]))
+    lines = {"again": line}
+    if first := measured.lines.get((args.row, seed)):
+        lines["first"] = first
+    print(f"{args.row}, seed {seed:<12}", *(f"{name:>8}" for name in lines))
+    for column in ("diversity", "frechet", *line["scores"]):
+        means = [np.nanmean(np.array(line["scores"].get(column) or line[column], dtype=float))
+                 for line in lines.values()]
+        print(f"{column:20}", *(f"{mean:8.3f}" for mean in means))
 
 
 def start_process():
