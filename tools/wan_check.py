@@ -8,6 +8,7 @@ videos encoded, three cycles of LoRA on them, the student merged, reloaded and s
 kernels' tests and times. It prints one block to paste, and keeps all pictures in --out.
 """
 
+import gc
 import json
 import platform
 import subprocess
@@ -93,6 +94,8 @@ def run(args):
         print(lines[-1], flush=True)
         if name == "teacher":
             lines.append(compare(args, device))
+            gc.collect()  # of diffusers' pipeline; the next stages need its memory
+            torch.cuda.empty_cache()
             print(lines[-1], flush=True)
     steps = (out / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     for step in map(json.loads, steps):
