@@ -1,12 +1,39 @@
-"""Writing videos and pictures."""
+"""Reading videos; writing videos and pictures."""
 
 import re
+import subprocess
+import tempfile
 from collections import Counter
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+
+SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}  # of videos that can be read
+TIMEOUT = 300  # seconds to decode one video
+
+
+def decode(file, filters, *output):
+    """Decode a video with ffmpeg's `filters`: the bytes of its output, and what it complained of.
+
+    ValueError if it takes too long.
+    """
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
+        # No playlist under a video's name, which could name any other file.
+        "-format_whitelist", "mov,matroska,avi", "-protocol_whitelist", "file,pipe",
+        "-max_pixels", str(2**26),
+        "-i", f"file:{file.resolve()}", "-map", "0:v:0", "-vf", filters, *output, "pipe:"]
+    with tempfile.TemporaryFile() as log:  # not in memory: a damaged file's log may be endless
+        try:
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"not decoded within {TIMEOUT} s") from None
+        log.seek(0)
+        messages = re.sub(r"^\[.*?\] ", "", log.read(1000).decode(errors="replace"))
+    return result.stdout, next(iter(messages.splitlines()), "too short")
 
 
 def file_names(prompts):

@@ -23,7 +23,7 @@ from tests import miniature_wan
 from tests.helpers import FOUR_STEPS
 from tiny_wan import ToyCodec, checkpoint
 from tiny_wan.checkpoint import FILE
-from tools import encode, export
+from tools import encode, export, measure
 
 # ---------------------------------------------------------------------------------------------
 # Readers
@@ -85,6 +85,7 @@ READERS = {
         "captions.csv"),
     "encode more": Reader(
         encode.main, f"--videos @clips --model @diffusers {CLIP} --out encoded", "encoded"),
+    "measure": Reader(measure.main, "clips", "clips"),
     "export": Reader(export.main, "--model toy --out out", "toy"),
     "export diffusers": Reader(export.main, "--model diffusers --out out", "diffusers"),
     "merge": Reader(export.main, f"--model @toy --lora {ADAPTER} --out out", ADAPTER),
@@ -281,6 +282,11 @@ BAD_INPUT = {
     ],
     "encode": [
         ("clips", lambda: [video.unlink() for video in Path("clips").glob("*.mp4")]),
+    ],
+    "measure": [
+        ("clips .mp4", lambda: [video.unlink() for video in Path("clips").glob("*.mp4")]),
+        ("clips/new.mp4", write("clips/new.mp4", b"no video")),
+        ("clips nothing", "--against nothing"),
     ],
     "encode nothing": [
         ("--videos --captions",),

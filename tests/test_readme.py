@@ -17,7 +17,19 @@ import sample
 import train
 from tests import miniature_wan
 from tests.helpers import ROOT, read_lines, torchrun, write_clips
-from tools import ablation, bench, demo, encode, export, gallery, gpu_check, lesson, plan, wan_check
+from tools import (
+    ablation,
+    bench,
+    demo,
+    encode,
+    export,
+    gallery,
+    gpu_check,
+    lesson,
+    measure,
+    plan,
+    wan_check,
+)
 from tools import world as tool_world
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
@@ -27,8 +39,8 @@ PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": 
             "tools.bench": bench.main, "tools.demo": demo.main, "tools.encode": encode.main,
             "tools.export": export.main, "tools.gallery": gallery.main,
             "tools.gpu_check": gpu_check.main, "tools.lesson": lesson.main,
-            "tools.plan": plan.main, "tools.wan_check": wan_check.main,
-            "tools.world": tool_world.main, "baselines.py": baselines.main}
+            "tools.measure": measure.main, "tools.plan": plan.main,
+            "tools.wan_check": wan_check.main, "tools.world": tool_world.main, "baselines.py": baselines.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}

@@ -14,16 +14,13 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import ChainMap, Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import imageio_ffmpeg
 import torch
 import torch.distributed as dist
 from einops import rearrange
@@ -33,12 +30,10 @@ from tqdm import tqdm
 from runtime import cli
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
+from runtime.media import SUFFIXES, decode
 from runtime.run import lock_folder, stop_signals
 from sample import LONGEST, read_prompts
 from tiny_wan import ToyCodec, WanCodec, WanModel, checkpoint, open_codec
-
-SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-TIMEOUT = 300  # seconds to decode one video
 
 
 @dataclass
@@ -241,27 +236,14 @@ def sidecar(video):
 
 def read_video(file, frames, height, width, fps):
     """RGB in [0, 1] `[3, f, h, w]`, resampled, scaled and cropped. ValueError gives the reason."""
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin",
-        # No playlist under a video's name, which could name any other file.
-        "-format_whitelist", "mov,matroska,avi", "-protocol_whitelist", "file,pipe",
-        "-max_pixels", str(2**26),
-        "-i", f"file:{file.resolve()}", "-map", "0:v:0",
-        "-vf", (f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
-                f"crop={width}:{height}"),
-        "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:"]
-    with tempfile.TemporaryFile() as log:  # not in memory: a damaged file's log may be endless
-        try:
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"not decoded within {TIMEOUT} s") from None
-        log.seek(0)
-        messages = re.sub(r"^\[.*?\] ", "", log.read(1000).decode(errors="replace"))
-        reason, *_ = messages.splitlines() or ["too short"]
-    count = len(result.stdout) // (height * width * 3)
+    data, reason = decode(
+        file, f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
+        f"crop={width}:{height}",
+        "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24")
+    count = len(data) // (height * width * 3)
     if count < frames:
         raise ValueError(f"{count} of {frames} frames at {fps} fps ({reason})")
-    video = torch.frombuffer(bytearray(result.stdout), dtype=torch.uint8)
+    video = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return rearrange(video, "(f h w c) -> c f h w", f=frames, h=height, w=width).float() / 255
 
 
