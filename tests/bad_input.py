@@ -286,7 +286,7 @@ BAD_INPUT = {
     "measure": [
         ("clips .mp4", lambda: [video.unlink() for video in Path("clips").glob("*.mp4")]),
         ("clips/new.mp4", write("clips/new.mp4", b"no video")),
-        ("clips nothing", "--against nothing"),
+        ("nothing", "--against nothing"),
     ],
     "encode nothing": [
         ("--videos --captions",),

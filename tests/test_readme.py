@@ -40,7 +40,8 @@ PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": 
             "tools.export": export.main, "tools.gallery": gallery.main,
             "tools.gpu_check": gpu_check.main, "tools.lesson": lesson.main,
             "tools.measure": measure.main, "tools.plan": plan.main,
-            "tools.wan_check": wan_check.main, "tools.world": tool_world.main, "baselines.py": baselines.main}
+            "tools.wan_check": wan_check.main, "tools.world": tool_world.main,
+            "baselines.py": baselines.main}
 SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "2", "--batch-size", "1", "--device", "cpu"]}

@@ -50,7 +50,8 @@ def main(argv=None):
 
 def run(args):
     folders = [folder for folder in (args.folder, args.against) if folder]
-    videos = {str(folder): measure_folder(folder) for folder in folders}
+    files = {str(folder): find_videos(folder) for folder in folders}
+    videos = {folder: measure_videos(folder, some) for folder, some in files.items()}
     prompts = [by_prompt(readings) for readings in videos.values()]
     rows = {name: list(values.values()) for name, values in zip(videos, prompts)}
     if args.against:
@@ -76,13 +77,17 @@ def run(args):
                       for name, numbers in summary.items()}}, indent=1), encoding="utf-8")
 
 
-def measure_folder(folder):
-    """{name: readings} of each video in the folder. Videos of one prompt share their diversity."""
+def find_videos(folder):
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: contains no videos ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def measure_videos(folder, files):
+    """{name: readings} of each video. Videos of one prompt share their diversity."""
     result, seeds = {}, defaultdict(list)
-    for file in tqdm(files, desc=str(folder), unit="video"):
+    for file in tqdm(files, desc=folder, unit="video"):
         video = read_video(file)
         result[file.name] = readings(video)
         seeds[prompt_of(file.name)].append((file.name, video))
