@@ -39,7 +39,7 @@ import adavid
 import baselines
 import train
 from adavid import LossMeanCache
-from runtime import cli
+from runtime import cli, lora
 from runtime.data import INDEX, write_toy_shards
 from runtime.experts import load_student
 from runtime.models import load_config, load_interpolator
@@ -287,7 +287,10 @@ def spoil(kind, video, generator):
 
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    model, sample_student = load_student(folder, torch.float32, device)
+    adapter = folder / lora.FILE
+    loras = [(adapter, 1.0)] if adapter.is_file() else []
+    folder = WEIGHTS if loras else folder
+    model, sample_student = load_student(folder, torch.float32, device, loras)
     config, interpolator = load_config(folder), load_interpolator(folder, device)
     if "steps" in row:
         null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
@@ -319,7 +322,7 @@ def measure(conditions, name, folder, seed):
         seconds = (time.perf_counter() - start) / len(video)
         one = costs.inputs(PRESETS["tiny"], codec.latent_shape(), batch_size=1)
         flops, *_ = costs.count(lambda: sampler_of(row, folder, "meta")(*one, None))
-        steps = row.get("steps", len(load_config(folder).timesteps))
+        steps = row.get("steps") or len(row.get("strides") or load_config(folder).timesteps)
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
             "scores": {key: [compact(v) for v in scores[key].tolist()] for key in (
@@ -335,7 +338,7 @@ def measure(conditions, name, folder, seed):
                             for key in (f"reg_std_{t}", f"weight_{t}")
                             if (values := [s[key] for s in log if s.get(key) is not None])}
         student = conditions["students"][row["student"]]
-        if line["training"] and "cache" not in student:
+        if line["training"] and "cache" not in student and "--lora" not in student["flags"]:
             line["weights"] = weights(folder, log[-1], real, prompts)
     shown = {row for question in conditions["questions"][:2] for row in question["rows"]}
     if seed == conditions["seeds"][0] and name in shown:
