@@ -31,7 +31,7 @@ from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
-from runtime.models import check_fit, load_config, load_models, load_sharded, save_student
+from runtime.models import check_fit, default_config, load_models, load_sharded, save_student
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
@@ -109,18 +109,19 @@ class Distill(Flags):
 
 
 @dataclass
-class ModelFlag:
-    """Parsed before the others: the teacher's weights hold the defaults of the method's numbers."""
+class FirstFlags:
+    """Parsed before the others: they decide the defaults of the method's numbers."""
 
     model: Path = WEIGHTS
+    lora: int = 0
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        teacher, _ = tyro.cli(ModelFlag, args=argv, return_unknown_args=True, add_help=False,
-                              console_outputs=False)
-        defaults = Distill(tyro.MISSING, avd=load_config(teacher.model))
+        first, _ = tyro.cli(FirstFlags, args=argv, return_unknown_args=True, add_help=False,
+                            console_outputs=False)
+        defaults = Distill(tyro.MISSING, avd=default_config(first.model, first.lora))
     except (ValueError, OSError, SystemExit):  # reported later; --help works without a model
         defaults = Distill(tyro.MISSING)
     except KeyboardInterrupt:

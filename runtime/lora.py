@@ -37,6 +37,16 @@ def add_adapters(base, rank, names, seed=0):
     return [Adapted(base, name) for name in (None, *names)]
 
 
+def rate_factor(dim, rank):
+    """How much higher LoRA's learning rates are than those of whole models.
+
+    With it, the first step of AdamW changes the weights of a model of width `dim` by the same root
+    mean square. A weight's change is a sum over the rank of (up: a learning rate, with a random
+    sign) times (down: as it was initialised, with variance 1 / (3 dim)).
+    """
+    return (3 * dim / rank) ** 0.5
+
+
 class MasterLinear(nn.Linear):
     """Computes in its input's dtype. Its weight is float32, in which small updates add up."""
 

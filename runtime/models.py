@@ -1,6 +1,6 @@
 """Loading models with what belongs to them (the method's numbers, the interpolator); saving one."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 import adavid
 from runtime import cli
 from runtime.distributed import full_tensor, rank, shard
-from runtime.lora import add_adapters
+from runtime.lora import add_adapters, rate_factor
 from tiny_wan import WanConfig, WanModel, checkpoint
 
 
@@ -21,6 +21,15 @@ def load_config(path):
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{checkpoint.named(path)}: the method's numbers in its metadata are "
                          f"wrong ({error})") from None
+
+
+def default_config(model, lora=0):
+    """The numbers stored with the teacher `model`, with learning rates for LoRA of this rank."""
+    numbers = load_config(model)
+    if lora < 1:
+        return numbers
+    factor = rate_factor(WanConfig.from_pretrained(model).dim, lora)
+    return replace(numbers, lr=factor * numbers.lr, critic_lr=factor * numbers.critic_lr)
 
 
 def load_interpolator(path, device):

@@ -37,7 +37,7 @@ from runtime.distributed import (
     rank,
     world_size,
 )
-from runtime.models import load_config
+from runtime.models import default_config
 from tiny_wan import checkpoint
 
 MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
@@ -272,7 +272,9 @@ class Run:
 def lower_rates(args):
     """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
     numbers = next(filter(is_dataclass, vars(args).values()), args)
-    usual = load_config(args.model) if hasattr(args, "model") else type(numbers)
+    usual = type(numbers)
+    if hasattr(args, "model"):
+        usual = default_config(args.model, getattr(args, "lora", 0))
     return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
         cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 import adavid
 import sample
+import train
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
+from runtime.models import default_config
 from runtime.run import lock_folder
 from tests import miniature_wan
 from tests.helpers import ROOT, complaint, distill, equal, read_lines, saved, torchrun
-from tiny_wan import ToyCodec, WanModel
+from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 from tools import export
 
 
@@ -189,6 +191,38 @@ def test_adapters_of_a_bf16_base_compute_in_bf16_and_learn_in_float32(toy_folder
     v.square().mean().backward()
     assert seen == {(torch.bfloat16, torch.bfloat16)}
     assert {p.grad.dtype for p in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_loras_first_step_is_as_large_as_that_of_whole_models_at_the_default_rates(rank):
+    whole, base = (WanModel.from_pretrained(WEIGHTS, torch.float32) for _ in range(2))
+    _, student = lora.add_adapters(base, rank, ("student",))
+    before = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    video, prompts = world.make(11, range(8))
+    x0, text = ToyCodec().encode(video), ToyCodec().encode_text(prompts)
+    for model, config in (whole, default_config(WEIGHTS)), (student, default_config(WEIGHTS, rank)):
+        generator = torch.Generator().manual_seed(0)
+        adavid.critic_loss(model, x0, text, config, generator).backward()
+        torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.0).step()
+
+    adapter, steps = student.state_dict(), []
+    for name, p in whole.named_parameters():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in adapter:
+            step = adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+            steps.append([(p - before[name]).norm().item(), step.norm().item()])
+    whole_step, lora_step = torch.tensor(steps).norm(dim=0)
+    assert lora_step / whole_step == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("flags, factor", [
+    ([], 1), (["--lora", "16"], 18 ** 0.5), (["--lora", "16", "--lr", "2e-4"], 1)])
+def test_lora_has_learning_rates_of_its_own_unless_they_are_given(flags, factor, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "distill", seen.append)
+    assert train.main(["distill", "--out", "x", *flags]) == 0
+    assert seen[0].avd.lr == pytest.approx(factor * 2e-4)
+    assert seen[0].avd.critic_lr == pytest.approx(4e-4 * (18 ** 0.5 if flags else 1))
 
 
 # A LoRA in a table of ComfyUI's loader: `load_lora` in comfy/lora.py looks up a weight's key

@@ -287,9 +287,9 @@ def spoil(kind, video, generator):
 
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    adapter = folder / lora.FILE
-    loras = [(adapter, 1.0)] if adapter.is_file() else []
-    folder = WEIGHTS if loras else folder
+    adapter, loras = folder / lora.FILE, []
+    if adapter.is_file():
+        folder, loras = WEIGHTS, [(adapter, 1.0)] if device != "meta" else []
     model, sample_student = load_student(folder, torch.float32, device, loras)
     config, interpolator = load_config(folder), load_interpolator(folder, device)
     if "steps" in row:
