@@ -77,6 +77,9 @@ class Sample:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU. Elsewhere
     it is float32 for the transformer, and for the text encoder the dtype of its file"""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of Wan's VAE, whose activations take half of the memory in bfloat16; pixels change slightly.
+    The toy has no VAE"""
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
     save_latents: bool = False
@@ -119,8 +122,8 @@ def run(args):
         if "method" not in checkpoint.read_metadata(distilled):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
     dtype = cli.pick_dtype(args.dtype, device)
-    codec = open_codec(args.model, architecture, args.codec, device=device,
-                       dtype=dtype)
+    codec = open_codec(args.model, architecture, args.codec, device=device, dtype=dtype,
+                       vae_dtype=getattr(torch, args.vae_dtype))
     shape = codec.latent_shape(args.frames, args.height, args.width,
                                1 if interpolator is None else config.strides[0])
     codec.prepare()

@@ -115,6 +115,29 @@ def test_videos_are_encoded_and_decoded_as_diffusers_does(pipe, folder):
     torch.testing.assert_close(codec.decode(ours), decoded, atol=1e-5, rtol=0)
 
 
+def test_a_vae_in_bf16_decodes_as_diffusers_own_and_nearly_as_in_float32(wan):
+    latents = torch.randn(1, 16, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    exact, codec = WanCodec(wan).decode(latents), WanCodec(wan, vae_dtype=torch.bfloat16)
+    rough = codec.decode(latents)
+    with torch.no_grad():
+        theirs = miniature_wan.vae().bfloat16().decode(
+            (latents * codec.std + codec.mean).bfloat16()).sample.float() / 2 + 0.5
+    assert rough.dtype == torch.float32 and torch.equal(rough, theirs)
+    error = 255 * (rough - exact)
+    assert 0 < error.abs().max() < 20 and error.square().mean().sqrt() < 1.5
+
+
+@pytest.mark.parametrize("flags, dtype", [
+    ([], torch.float32), (["--vae-dtype", "bfloat16"], torch.bfloat16)])
+def test_sampling_decodes_in_the_vae_dtype_that_is_asked_for(
+        wan, flags, dtype, tmp_path, monkeypatch):
+    vaes, load = [], codec_module.load_vae
+    monkeypatch.setattr(codec_module, "load_vae", lambda path: vaes.append(load(path)) or vaes[0])
+    latents(tmp_path, PROMPT, "--model", wan, "--frames", "1", "--height", "32", "--width", "32",
+            *flags)
+    assert {p.dtype for p in vaes[0].parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_the_vae_goes_on_in_tiles_when_memory_has_run_out(wan, method, monkeypatch, capsys):
     codec = open_codec(wan, WanConfig.from_pretrained(wan))

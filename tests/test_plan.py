@@ -1,16 +1,20 @@
 """The counter and the plan, against what real tensors on the CPU cost and published figures."""
 
+import re
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import UMT5Config, UMT5EncoderModel
 
 import adavid
-from tests.helpers import FOUR_STEPS
-from tiny_wan import PRESETS, WanConfig
+from tests.helpers import FOUR_STEPS, complaint
+from tiny_wan import PRESETS, WanCodec, WanConfig
 from tools import costs, plan
 
 TOY = WanConfig(96, 384, 4, 3, in_dim=12, out_dim=12, text_dim=15, text_len=8)
@@ -108,6 +112,22 @@ def test_a_cycle_costs_what_real_tensors_cost(config, shape, steps):
     assert counted[0] - sparing[0] == pytest.approx(4 * rollout, rel=0.01)
 
 
+@torch.no_grad()
+def test_the_text_encoder_and_the_vae_cost_what_real_tensors_cost(monkeypatch):
+    vae, shape = AutoencoderKLWan(), (16, 5, 2, 2)
+    inputs = {"encode": torch.zeros(1, 3, 17, 16, 16), "decode": torch.zeros(1, *shape)}
+    for method, x in inputs.items():
+        real = flops(lambda: getattr(vae, method)(x))
+        assert costs.count_vae(method, shape)[0] == pytest.approx(real, rel=0.01)
+
+    sizes = {"vocab_size": 200, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 3,
+             "num_heads": 8}
+    encoder = UMT5EncoderModel(UMT5Config(**sizes))
+    real = flops(lambda: encoder(torch.zeros(1, 40, dtype=torch.long)))
+    monkeypatch.setattr(WanCodec, "UMT5_XXL", sizes)
+    assert costs.count_text_encoder(40)[0] == pytest.approx(real, rel=0.01)
+
+
 @pytest.mark.parametrize("preset, billions, half_step, decoupled_steps", [
     ("wan-1.3b", 1.419, 0.35, 0.675), ("wan-14b", 14.288, 0.39, 0.70)])
 def test_sizes_and_ratios_are_the_published_ones(preset, billions, half_step, decoupled_steps):
@@ -175,12 +195,39 @@ def test_sample_compares_the_samplers(capsys):
     assert "steps at strides 2 2 1 1" in said and "teacher, 50 guided steps" in said
 
 
+def test_the_whole_wait_is_the_sum_of_its_parts(capsys):
+    size = ["--frames", "17", "--height", "64", "--width", "96", "--batch-size", "2"]
+    assert plan.main(["sample", "--preset", "wan-1.3b", *size]) == 0
+    said = capsys.readouterr().out
+    found = re.findall(r"^ *([\d.e-]+)  (.*): ([\d.e-]+) seconds$", said, re.MULTILINE)
+    wait = {name: np.array([float(flop), float(seconds)]) for flop, name, seconds in found}
+    vae, rough = wait["VAE in float32, as TF32 at half the peak"], wait["VAE in bfloat16"]
+    rest = wait["text encoder, 512 tokens"] + wait["student, steps at strides 2 2 1 1"]
+    np.testing.assert_allclose(wait["in all"], rest + vae, rtol=0.01)
+    np.testing.assert_allclose(
+        wait["in all, with --vae-dtype bfloat16"], rest + rough, rtol=0.01)
+    assert vae / rough == pytest.approx([1, 2], rel=0.01)
+    assert rough[1] == pytest.approx(rough[0] * 1e15 / (0.4 * 989e12), rel=0.01)
+
+
+def test_without_the_extra_the_plan_of_sampling_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    costs.count_vae.cache_clear()
+    assert plan.main(["sample", "--preset", "tiny"]) == 0
+    code = plan.main(["sample", "--preset", "wan-1.3b", "--frames", "9"])
+    assert complaint(capsys, code).endswith(
+        "diffusers is not installed; python -m pip install -e '.[wan]'")
+
+
 def test_tables_name_the_smallest_card_that_fits(known_cycle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "table_of_waits", lambda: "the waits")
     monkeypatch.setattr(plan, "PAGE", tmp_path / "costs.md")
-    plan.PAGE.write_text("<!-- plan --><!-- end -->")
+    plan.PAGE.write_text("<!-- plan -->\n<!-- end --><!-- wait -->\n<!-- end -->")
     monkeypatch.setattr(plan, "memory", lambda config, gpus, lora: {"weights": 240e9 / gpus})
     assert plan.main(["tables"]) == 0
-    for table in capsys.readouterr().out.strip().split("\n\n"):
+    *tables, waits = capsys.readouterr().out.strip().split("\n\n")
+    assert waits == "the waits" and waits in plan.PAGE.read_text()
+    for table in tables:
         lines = [line.split("|") for line in table.splitlines()]
         assert lines[2][3:6] == [" 243.0 ", " none ", " 96 "]
         assert lines[4][3:6] == [" 13.0 ", " 16 GB ", " 4 "]

@@ -40,6 +40,13 @@ def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
     torch.testing.assert_close(a[1:], c, atol=1e-5, rtol=0)
 
 
+def test_the_toy_has_no_vae_whose_dtype_would_matter(toy_folder, tmp_path):
+    run(toy_folder, tmp_path / "a", "a red ball")
+    assert run(toy_folder, tmp_path / "b", "a red ball", "--vae-dtype", "bfloat16") == 0
+    a, b = (iio.imread(tmp_path / name / "contact_sheet.png") for name in "ab")
+    assert (a == b).all()
+
+
 def test_files_can_be_named_after_other_prompts(toy_folder, tmp_path, capsys):
     prompts, names = tmp_path / "extended.txt", tmp_path / "prompts.txt"
     prompts.write_text("a red ball moving left fast\na blue ball moving up\n")

@@ -19,6 +19,10 @@ def test_every_stage_runs_from_the_teacher_to_a_sampled_student(inputs, tmp_path
     block = re.search("```\n(.*?)```", said, re.DOTALL)[1]
     for stage in ("teacher", "encode", "distil", "merge", "student"):
         assert re.search(rf"^{stage}: [\d.]+ min \([\d.]+ planned\)", block, re.MULTILINE)
+    for stage in ("teacher", "student"):
+        assert re.search(rf"^{stage}: .*\n  took encode prompts: .*, decode and write: [\d.]+ s\n"
+                         r"  planned encode prompts: [\d.]+ s, denoise: .*, decode and write: ",
+                         block, re.MULTILINE)
     assert float(re.search(r"WanPipeline's: ([\d.e-]+) relative", block)[1]) < 1e-3
     assert block.count("student_grad_norm") == 3 and "planned: 0 minutes" in said
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape[0] == 4 * 64

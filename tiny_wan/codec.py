@@ -95,7 +95,8 @@ class ToyCodec(Codec):
 class WanCodec(Codec):
     """Wan's text encoder (UMT5-XXL) and causal VAE, from a folder in Diffusers' or Wan's layout.
 
-    dtype: of the text encoder; by default its file's own. The VAE is always float32.
+    dtype: of the text encoder; by default its file's own.
+    vae_dtype: of the VAE. Pixels and latents are float32 in either case.
 
     Raises ValueError if the folder lacks one of the parts.
     """
@@ -109,9 +110,11 @@ class WanCodec(Codec):
         "杂乱的背景，三条腿，背景人很多，倒着走")
     NAMES = {"text encoder": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
              "tokenizer": ("tokenizer", "google/umt5-xxl"), "VAE": ("vae", "Wan2.1_VAE.pth")}
+    UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+                "num_heads": 64}  # the sizes of Wan's VAE are diffusers' defaults
 
-    def __init__(self, folder, device="cpu", dtype=None):
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(self, folder, device="cpu", dtype=None, vae_dtype=torch.float32):
+        self.device, self.dtype, self.vae_dtype = torch.device(device), dtype, vae_dtype
         self.parts = {}
         for part, names in self.NAMES.items():
             found = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
@@ -168,8 +171,8 @@ class WanCodec(Codec):
     @cached_property
     def vae(self):
         with loading(self.parts["VAE"]):
-            vae = load_vae(self.parts["VAE"]).requires_grad_(False).to(self.device)
-            check_finite(vae)
+            vae = load_vae(self.parts["VAE"]).requires_grad_(False)
+            check_finite(vae.to(self.device, self.vae_dtype))
             # Of each latent channel, both `[16, 1, 1, 1]`.
             self.mean, self.std = (
                 torch.tensor(numbers, device=self.device).view(self.channels, 1, 1, 1)
@@ -187,14 +190,14 @@ class WanCodec(Codec):
     def decode(self, latents):
         """Normalised latents -> RGB videos in [0, 1]. Decodes one at a time, to save memory."""
         self.prepare()  # which loads the statistics as well
-        videos = [self.run_vae("decode", x[None].to(self.device) * self.std + self.mean).sample
-                  for x in latents.float()]
+        videos = [self.run_vae("decode", x[None].to(self.device) * self.std + self.mean)
+                  .sample.float() for x in latents.float()]
         return (torch.cat(videos) / 2 + 0.5).clamp(0, 1)
 
     def run_vae(self, method, x):
         """Once memory has run out, the VAE works in tiles of the picture, which takes longer."""
         try:
-            return getattr(self.vae, method)(x.to(self.device))
+            return getattr(self.vae, method)(x.to(self.device, self.vae_dtype))
         except torch.OutOfMemoryError:
             if self.vae.use_tiling:
                 raise

@@ -1,9 +1,11 @@
 """The counter of costs: FLOPs and bytes of any function, counted on PyTorch's meta device.
 
 A tensor on the meta device has a shape and no content, so a model of any size takes no memory and
-runs at once. `tools.plan`, `tools.bench` and `tools.ablation` count with these functions.
+runs at once. `tools.plan`, `tools.bench`, `tools.wan_check` and `tools.ablation` count with these
+functions.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
@@ -15,10 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tiny_wan import WanModel
+from tiny_wan import WanCodec, WanModel
 from tiny_wan.model import KEPT_PRECISE
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"  # shows what is counted and timed
+# PyTorch's convolutions in float32 run in TF32 on an NVIDIA GPU. Its peak is half of bfloat16's on
+# an A100, an H100 and an RTX 4090.
+TF32 = 0.5
 
 
 class Meter(TorchDispatchMode):
@@ -78,6 +83,7 @@ def count(function):
     return np.array([meter.flops, kept, meter.peak], dtype=float)
 
 
+@functools.cache
 def count_forward(config, shape, batch_size=1, stride=1):
     """`count` of a forward at a frame stride, on latents of a full-rate `shape` (c f h w)."""
     def counted(config):
@@ -92,6 +98,44 @@ def count_forward(config, shape, batch_size=1, stride=1):
         return count(forward)
 
     return at_full_depth(config, counted)
+
+
+@functools.cache
+def count_text_encoder(tokens=512):
+    """`count` of UMT5-XXL on one prompt."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        # Eager, as `flash_attention` takes no bias of positions. The FLOPs are the same.
+        config = UMT5Config(**WanCodec.UMT5_XXL, attn_implementation="eager")
+        encoder = UMT5EncoderModel(config).requires_grad_(False)
+        prompt = torch.empty(1, tokens, dtype=torch.long)
+    return count(lambda: encoder(prompt).last_hidden_state)
+
+
+@functools.cache
+def count_vae(method, shape, dtype=torch.float32):
+    """`count` of the VAE's method "encode" or "decode", for a video with latents of `shape`.
+
+    The VAE works through one latent frame after another, and each costs the same. The third is the
+    first that has all earlier ones in its cache.
+    """
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan().requires_grad_(False)
+    for p in vae.parameters():
+        p.data = p.data.to(dtype)
+    channels, total, height, width = shape
+
+    def counted(frames):
+        latents = torch.empty(1, channels, frames, height, width, dtype=dtype, device="meta")
+        video = torch.empty(1, 3, 4 * frames - 3, 8 * height, 8 * width, dtype=dtype, device="meta")
+        return count({"encode": lambda: vae.encode(video).latent_dist.mode(),
+                      "decode": lambda: vae.decode(latents).sample}[method])
+
+    low, high = counted(3), counted(4)
+    return low + (total - 3) * (high - low)
 
 
 def at_full_depth(config, counted, depth=1):

@@ -7,10 +7,12 @@
 
 Costs are counted, not measured (see tools/costs.py): the functions that train.py and sample.py call
 run on PyTorch's meta device, on two shallow models. All blocks cost the same, so the costs of the
-full depth follow from these two.
+full depth follow from these two. The text encoder and the VAE are those of transformers and
+diffusers, so `sample` and `tables` need the extra `wan`.
 """
 
 import functools
+import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +25,17 @@ import adavid
 from runtime import cli
 from runtime.lora import add_adapters
 from tiny_wan import PRESETS, ToyCodec, WanCodec
-from tools.costs import PAGE, at_full_depth, build, count, count_forward, inputs
+from tools.costs import (
+    PAGE,
+    TF32,
+    at_full_depth,
+    build,
+    count,
+    count_forward,
+    count_text_encoder,
+    count_vae,
+    inputs,
+)
 from tools.page import fill, markdown
 
 AVD = adavid.AVDConfig()
@@ -44,7 +56,8 @@ class Plan:
     batch_size: int = 1
     """videos in a batch, on each GPU"""
     tflops: float = 989.0
-    """the GPU's dense bfloat16 peak in TFLOP/s: 989 for H100 and H200, 312 for A100"""
+    """the GPU's dense bfloat16 peak in TFLOP/s: 989 for H100 and H200, 312 for A100. A VAE in
+    float32 is assumed to reach half as much, in TF32"""
     utilisation: float = 0.4
     """share of that peak that your code reaches; the default is an assumption"""
 
@@ -69,12 +82,12 @@ class Distill(Plan):
 
 @dataclass
 class Sample(Plan):
-    """Sampling: FLOPs and seconds of the student and the teacher, and the memory."""
+    """Sampling: FLOPs and seconds of the student, the teacher and the whole wait; the memory."""
 
 
 @dataclass
 class Tables:
-    """Distilling Wan2.1-1.3B and 14B on 1, 8 and 24 GPUs. Writes the tables to docs/costs.md."""
+    """Distilling and sampling Wan2.1-1.3B and 14B. Writes the tables to docs/costs.md."""
 
 
 def main(argv=None):
@@ -232,15 +245,60 @@ def plan_sample(args):
         f"student, steps at strides {' '.join(map(str, AVD.strides))}, "
         f"{decoupled / four:.3f} of that": decoupled,
         "teacher, 50 guided steps": 100 * full}
-    print_rows("PFLOPs for a batch, and seconds", {
+    print_rows("PFLOPs of the transformer for a batch, and seconds", {
         f"{name}: {seconds(args, flops):,.3g} seconds": flops / 1e15
         for name, flops in rows.items()})
-    print_rows("GB of memory, without the text encoder and the VAE", {
-        "weights, bfloat16": sum(p.nbytes for p in build(config).parameters()) / 1e9,
-        "activations of a forward at their peak (an estimate)": activations / 1e9})
+    memory = {
+        "weights, bfloat16": sum(p.nbytes for p in build(config).parameters()),
+        "activations of a forward at their peak (an estimate)": activations}
+    if args.preset != "tiny":
+        print_rows("PFLOPs of all that one waits for, and seconds", {
+            f"{name}: {time:,.3g} seconds": flops / 1e15
+            for name, (flops, time) in whole_wait(args).items()})
+        for dtype in ("float32", "bfloat16"):
+            *_, memory[f"activations of the VAE in {dtype} at their peak (an estimate)"] = (
+                count_vae("decode", shape, getattr(torch, dtype)))
+    print_rows("GB of memory, without the text encoder",
+               {name: size / 1e9 for name, size in memory.items()})
+
+
+def whole_wait(args):
+    """`[FLOPs, seconds]` of all that makes a batch of Wan's videos, by part and in all."""
+    def cost(flops, peak=1):
+        return np.array([flops, seconds(args, flops) / peak])
+
+    config, shape = PRESETS[args.preset], latent_shape(args)
+    text = cost(args.batch_size * count_text_encoder(config.text_len)[0])
+    student = cost(sum(count_forward(config, shape, args.batch_size, stride)[0]
+                       for stride in AVD.strides))
+    vae = args.batch_size * count_vae("decode", shape)[0]
+    exact, rough = cost(vae, TF32), cost(vae)
+    return {f"text encoder, {config.text_len} tokens": text,
+            f"student, steps at strides {' '.join(map(str, AVD.strides))}": student,
+            "VAE in float32, as TF32 at half the peak": exact,
+            "in all": text + student + exact,
+            "VAE in bfloat16": rough,
+            "in all, with --vae-dtype bfloat16": text + student + rough}
 
 
 def write_tables(_):
+    blocks = {"plan": tables_of_distillation(), "wait": table_of_waits()}
+    print(*blocks.values(), sep="\n\n")
+    fill(PAGE, blocks)
+
+
+def table_of_waits():
+    plans = [Sample(preset, height=height, width=width) for preset, (height, width) in
+             itertools.product(("wan-1.3b", "wan-14b"), ((480, 832), (720, 1280)))]
+    waits = [whole_wait(plan) for plan in plans]
+    return markdown([
+        ["", *(f"{plan.preset.removeprefix('wan-').upper()}, {plan.height} x {plan.width}"
+               for plan in plans)],
+        *([name, *(f"{wait[name][0] / 1e12:,.0f} TFLOP, {wait[name][1]:.2f} s" for wait in waits)]
+          for name in waits[0])])
+
+
+def tables_of_distillation():
     """Videos of Wan's default size, and 24 of them in each update, as in the paper."""
     tables = []
     for preset, name in (("wan-1.3b", "Wan2.1-1.3B"), ("wan-14b", "Wan2.1-14B")):
@@ -255,9 +313,7 @@ def write_tables(_):
                 rows.append([how, str(gpus), f"{needed / 1e9:.1f}", card, f"{flops / 1e15:,.0f}",
                              f"{hours:,.0f}"])
         tables.append(markdown(rows))
-    block = "\n\n".join(tables)
-    print(block)
-    fill(PAGE, {"plan": block})
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

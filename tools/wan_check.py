@@ -81,22 +81,27 @@ def run(args):
         "student": ["sample.py", *PROMPTS, "--model", out / "merged", "--codec", args.model,
                     *size, *where, "--out", out / "student"]}
     planned = plan(args)
-    print(f"planned: {sum(planned.values()):.0f} minutes in the transformer at 40% of "
-          f"{args.tflops:g} TFLOP/s; loading, text and the VAE come on top")
+    minutes = {name: sum(parts.values()) / 60 for name, parts in planned.items()}
+    print(f"planned: {sum(minutes.values()):.0f} minutes at 40% of {args.tflops:g} TFLOP/s; "
+          f"loading comes on top")
 
     lines = [f"{platform.system()}, torch {torch.__version__}, {device.type}"
              + (f", {torch.cuda.get_device_name()}" if device.type == "cuda" else "")]
     out.mkdir(parents=True, exist_ok=True)
     for name, words in stages.items():
         seconds, peak = measure(words, out / f"{name}.log", device)
-        line = f"{name}: {seconds / 60:.1f} min ({planned.get(name, 0):.1f} planned)"
-        lines.append(line + (f", {peak / 1e9:.1f} GB of the card in use" if peak else ""))
-        print(lines[-1], flush=True)
+        line = f"{name}: {seconds / 60:.1f} min ({minutes.get(name, 0):.1f} planned)"
+        news = [line + (f", {peak / 1e9:.1f} GB of the card in use" if peak else "")]
+        if words[0] == "sample.py":
+            *_, took, _ = (out / f"{name}.log").read_text(encoding="utf-8").splitlines()
+            parts = ", ".join(f"{part}: {time:.1f} s" for part, time in planned[name].items())
+            news += [f"  took {took}", f"  planned {parts}"]
         if name == "teacher":
-            lines.append(compare(args, device))
+            news.append(compare(args, device))
             gc.collect()  # of diffusers' pipeline; the next stages need its memory
             torch.cuda.empty_cache()
-            print(lines[-1], flush=True)
+        print(*news, sep="\n", flush=True)
+        lines += news
     steps = (out / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     for step in map(json.loads, steps):
         lines.append(", ".join(f"{name} {step[name]:.3g}" for name in (
@@ -112,16 +117,22 @@ def run(args):
 
 
 def plan(args):
-    """Minutes in the transformer, by stage."""
+    """Seconds of each stage's parts, which have sample.py's names. Loading is left out."""
     config = WanConfig.from_pretrained(args.model)
     shape = WanCodec.latent_shape(WanCodec, args.frames, args.height, args.width, 2)
-    forward, *_ = costs.count_forward(config, shape)
-    videos, minute = len(PROMPTS), 60 * args.tflops * 1e12 * 0.4
-    forwards = {
-        "teacher": videos * 2 * args.steps,
-        "distil": 3 * (35.5 + 8),  # 8 are computed again in backward
-        "student": videos * 4}
-    return {name: number * forward / minute for name, number in forwards.items()}
+    speed, videos = args.tflops * 1e12 * 0.4, len(PROMPTS)
+    forward, text, encode, decode = (counted[0] / speed for counted in (
+        costs.count_forward(config, shape), costs.count_text_encoder(),
+        costs.count_vae("encode", shape), costs.count_vae("decode", shape)))
+    text *= videos + 1  # the negative prompt
+    encode, decode = (videos * seconds / costs.TF32 for seconds in (encode, decode))
+    return {
+        "teacher": {"encode prompts": text, "denoise": videos * 2 * args.steps * forward,
+                    "decode and write": decode},
+        "encode": {"encode prompts": text, "encode videos": encode},
+        "distil": {"cycles": 3 * (35.5 + 8) * forward},  # 8 are computed again in backward
+        "student": {"encode prompts": text, "denoise": videos * 4 * forward,
+                    "decode and write": decode}}
 
 
 def measure(words, log, device):
