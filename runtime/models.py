@@ -83,7 +83,8 @@ def load_sharded(args, path, device):
     """A model with weights in float32, sharded over the ranks."""
     model = WanModel.from_pretrained(path)
     model.gradient_checkpointing = recomputes(args)
-    return shard(model, device, cli.pick_dtype(args.dtype, device))
+    model = shard(model, device, cli.pick_dtype(args.dtype, device))
+    return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 
 def recomputes(args):

@@ -100,11 +100,13 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(before, after, first, w
         assert torch.equal(p, tensors["student." + name])
 
 
-@pytest.mark.parametrize("flags, batch_size", [
-    (("--accumulate", 2), 1), (("--gradient-checkpointing", True), 2)])
+@pytest.mark.parametrize("flags, batch_size, ranks", [
+    (("--accumulate", 2), 1, 1), (("--gradient-checkpointing", True), 2, 1),
+    (("--gradient-checkpointing", True), 1, 2)])
 def test_accumulation_and_recomputed_blocks_change_nothing(
-        flags, batch_size, whole, toy_folder, tmp_path):
-    assert agree(whole[1], trained(toy_folder, tmp_path, *flags, batch_size=batch_size), toy_folder)
+        flags, batch_size, ranks, whole, toy_folder, tmp_path):
+    out = trained(toy_folder, tmp_path, *flags, batch_size=batch_size, ranks=ranks)
+    assert agree(whole[1], out, toy_folder)
 
 
 def test_averaged_weights_follow_the_students(whole, toy_folder, tmp_path):
@@ -129,6 +131,36 @@ def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
     out = trained(toy_folder, tmp_path, "--dtype", "bfloat16", ranks=2, steps=1)
     assert {t.dtype for n, t in saved(out).items() if n.startswith("student.")} == {torch.float32}
     assert 0 < read_lines(out / "metrics.jsonl")[0]["student_grad_norm"] < 1e3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sharded_bf16_has_wans_float32_parts_and_the_bits_of_a_model_loaded_in_bf16(
+        ranks, tmp_path):
+    (tmp_path / "bf16.py").write_text("""
+import torch
+from runtime.distributed import init_distributed, shard
+from tiny_wan import WEIGHTS, WanModel
+from tiny_wan.model import KEPT_PRECISE
+device, g = init_distributed("cpu"), torch.Generator().manual_seed(0)
+x, text = torch.randn(4, 12, 5, 8, 8, generator=g), torch.randn(4, 8, 34, generator=g)
+t, dtypes = torch.tensor([1000.0, 900.0, 757.0, 522.0]), {}
+exact, loaded, rounded, sharded = (
+    WanModel.from_pretrained(WEIGHTS, dtype).requires_grad_(False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32))
+for name, p in rounded.named_parameters():
+    p.data = p.data if name.startswith("time_") else p.data.bfloat16()
+for name, module in sharded.named_modules():
+    module.register_forward_hook(lambda module, *_, name=name: dtypes.update(
+        {f"{name}.{n}": p.dtype for n, p in module.named_parameters(recurse=False)}))
+v, v_loaded, v_rounded, v_sharded = (model(x, t, text) for model in (
+    exact, loaded, rounded, shard(sharded, device, torch.bfloat16)))
+assert dtypes == {name: torch.float32 if KEPT_PRECISE.search(name) else torch.bfloat16
+                  for name, _ in exact.named_parameters()}
+assert torch.equal(v_sharded, v_loaded)
+assert (v_sharded - v).norm() < 0.98 * (v_rounded - v).norm()
+""")
+    result = torchrun(f"--nproc_per_node={ranks}", tmp_path / "bf16.py")
+    assert result.returncode == 0, result.stderr
 
 
 # --- LoRA ----------------------------------------------------------------------------------
