@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 import adavid
 from runtime import cli
-from runtime.distributed import full_tensor, rank, shard
+from runtime.distributed import full_tensor, rank, shard, world_size
 from runtime.lora import add_adapters
 from tiny_wan import WanConfig, WanModel, checkpoint
 
@@ -71,7 +71,9 @@ def load_models(args, device):
         dtype = cli.pick_dtype(args.dtype, device)
         base = WanModel.from_pretrained(args.model, dtype or torch.float32)
         base.gradient_checkpointing = recomputes(args)
-        base.to(device)
+        # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP
+        # would only make copies: the base is in the dtype that it computes in.
+        base = shard(base, device) if world_size() > 1 else base.to(device)
         return Models(*add_adapters(base, args.lora, ("student", "critic"), args.seed),
                       interpolator)
     return Models(load_sharded(args, args.model, device).requires_grad_(False),

@@ -173,14 +173,41 @@ def test_lora_trains_adapters_alike_on_two_ranks_and_resumes_to_the_same_bits(to
     assert all(t.any() for n, t in ups.items() if n.startswith(("student.", "critic.")))
     assert not (out / "diffusion_pytorch_model.safetensors").exists()
 
-    two = saved(trained(toy_folder, tmp_path / "two", "--lora", 4, ranks=2))
     zero = {n: torch.zeros_like(t) for n, t in tensors.items()}
-    for part in ("student", "critic"):
-        assert distance(ups, two, part) <= 1e-3 * distance(ups, zero, part)
+    for recomputed in (False, True):
+        two = saved(trained(toy_folder, tmp_path / f"two-{recomputed}", "--lora", 4,
+                            "--gradient-checkpointing", recomputed, ranks=2))
+        for part in ("student", "critic"):
+            assert distance(ups, two, part) <= 1e-3 * distance(ups, zero, part)
 
     for steps in (1, 3):
         trained(toy_folder, tmp_path / "resumed", "--lora", 4, steps=steps)
     assert equal(tensors, saved(tmp_path / "resumed"))
+
+
+def test_each_of_two_ranks_holds_half_of_loras_base_and_whole_adapters(toy_folder, tmp_path):
+    (tmp_path / "hold.py").write_text("""
+import sys, train
+from runtime import run
+log = run.Run.log
+def seen(self, *args):
+    parts = [getattr(p, "to_local", lambda p=p: p)().numel() if "lora_" not in name else 0
+             for name, p in self.state["student"].base.named_parameters()]
+    adapter = sum(p.numel() for p in self.state["student"].parameters())
+    print("holds", sum(parts), adapter)
+    log(self, *args)
+run.Run.log = seen
+sys.exit(train.main(sys.argv[1:]))
+""")
+    result = on_two_ranks(toy_folder, "run", "--lora", 4, steps=1, script="hold.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    held = [line.split()[1:] for line in result.stdout.splitlines() if "holds" in line]
+    base, adapter = zip(*(map(int, numbers) for numbers in held))
+    model = WanModel.from_pretrained(toy_folder)
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(base) == whole and max(base) <= 0.51 * whole
+    assert {*adapter} == {sum(4 * sum(p.shape) for name, p in model.named_parameters()
+                              if re.search(r"blocks.*(attn\.[qkvo]|ffn\.[02])\.weight", name))}
 
 
 def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder):
