@@ -23,10 +23,16 @@ def load_config(path):
                          f"wrong ({error})") from None
 
 
-def load_interpolator(path, device):
-    """The interpolator beside a model's weights, frozen; None if there is none."""
-    file = checkpoint.home(path) / "interpolator.safetensors"
-    if not file.exists():
+def find_interpolator(*paths):
+    """The file of the interpolator beside the first of these models or LoRAs that has one."""
+    files = (checkpoint.home(path) / "interpolator.safetensors" for path in paths)
+    return next((file for file in files if file.exists()), None)
+
+
+def load_interpolator(path, device, *loras):
+    """The interpolator beside a model's LoRAs or its weights, frozen; None if there is none."""
+    file = find_interpolator(*loras, path)
+    if file is None:
         return None
     try:
         interpolator = adavid.FrameInterpolator.from_pretrained(file)
