@@ -116,9 +116,11 @@ def run(args):
         config = replace(config, guidance_scale=args.guidance_scale)
     interpolator = None
     if not args.teacher:
-        interpolator = None if args.full_rate else load_interpolator(args.model, device)
+        interpolator = None if args.full_rate else load_interpolator(
+            args.model, device, *args.lora)
         if interpolator is None and not args.full_rate and config.strides[0] > 1:
-            print("note: no interpolator.safetensors beside the model, so all steps are full rate")
+            print("note: no interpolator.safetensors beside the model or its LoRA, so all steps "
+                  "are full rate")
         if "method" not in checkpoint.read_metadata(distilled):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
     dtype = cli.pick_dtype(args.dtype, device)

@@ -7,9 +7,11 @@ import os
 import re
 import threading
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -52,22 +54,26 @@ def world_size():
 
 
 def shard(model, device, dtype=None):
-    """Shard a model with FSDP2: each rank keeps a part of every tensor, in float32. -> model
+    """Shard a model with FSDP2: each rank keeps a part of every tensor. -> model
 
-    The parts of one block at a time are gathered, in `dtype`, to compute with; None is float32.
-    This rounds norms and modulation as well. Gradients are averaged over the ranks in float32.
+    The matrices of one block at a time are gathered, in `dtype`, to compute with; None is their
+    own. Gradients are averaged over the ranks in float32.
     Without a process group, the model only moves to the device.
     """
-    if not dist.is_initialized():
-        return model.to(device, torch.float32)
-    mesh = init_device_mesh(device.type, (world_size(),))
-    precise = [model.time_embedding, model.time_projection]  # as Wan computes them
-    for part in [*precise, *model.blocks, model]:
-        # Inputs are not cast: bfloat16 cannot represent the timestep 757.
-        policy = MixedPrecisionPolicy(None if part in precise else dtype, torch.float32,
-                                      cast_forward_inputs=False)
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.float()  # after sharding, so that no rank ever holds a whole float32 model
+    if dist.is_initialized():
+        # The model never changes a layer's output in place, of which newer versions warn.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(device.type, (world_size(),))
+        matrices = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+                    for block in model.blocks]
+        for compute_dtype, parts in (
+                (dtype, [model.patch_embedding, model.text_embedding, *matrices, model.head.head]),
+                # As Wan computes them. The last group has what is left: norms and modulation.
+                (None, [model.time_embedding, model.time_projection, model])):
+            policy = MixedPrecisionPolicy(compute_dtype, torch.float32)
+            for part in parts:
+                fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model.to(device)
 
 
 def broadcast(value):

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import adavid
-from runtime.lora import merge
+from runtime.lora import load_merged
 from tiny_wan import WanModel, checkpoint
-from tiny_wan.model import KEPT_PRECISE
 
 
 class Experts(nn.Module):
@@ -46,16 +45,10 @@ def euler_steps(model, noise, text, config, interpolator=None, generator=None):
 def load_student(path, dtype, device, loras=()):
     """The model at `path`, and its sampler: `adavid.sample`, or one that is called like it.
 
-    loras: pairs of a file and a scale, which are added to the weights in float32.
+    loras: pairs of a file and a scale, as `load_merged` takes them.
     """
-    if loras:
-        model = WanModel.from_pretrained(path, torch.float32).eval()
-        for file, scale in loras:
-            merge(model, file, scale)
-        for name, p in model.named_parameters():
-            p.data = p.data.to(device, torch.float32 if KEPT_PRECISE.search(name) else dtype)
-    else:
-        model = WanModel.from_pretrained(path, dtype, device).eval()
+    model = (load_merged(path, dtype, device, loras) if loras
+             else WanModel.from_pretrained(path, dtype, device)).eval()
     metadata = checkpoint.read_metadata(path)
     if metadata.get("method") != "dcm":
         return model, adavid.sample

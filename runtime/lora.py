@@ -4,11 +4,15 @@ Files have the original code's names with a prefix, which both ComfyUI and diffu
 `load_lora_weights` read.
 """
 
+import re
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiny_wan import checkpoint
+from tiny_wan import WanModel, checkpoint
+from tiny_wan.model import KEPT_PRECISE
 
 FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "diffusion_model."
@@ -93,28 +97,69 @@ class Adapted:
         checkpoint.write_files({folder / FILE: tensors}, {"format": "pt"} | metadata)
 
 
+def load_merged(path, dtype, device, loras):
+    """The model at `path` with LoRAs, which are added in float32 before the cast to `dtype`.
+
+    loras: pairs of a file and a scale.
+    """
+    model = WanModel.from_pretrained(path, torch.float32)
+    for file, scale in loras:
+        merge(model, file, scale)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(device, torch.float32 if KEPT_PRECISE.search(name) else dtype)
+    return model
+
+
+KINDS = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_B.weight": "up",
+         ".lora_up.weight": "up", ".alpha": "alpha"}
+
+
 def merge(model, file, scale=1.0):
     """Add `scale` times the LoRA in a file to the model's weights.
 
-    Names may be the original ones, as here and in ComfyUI, or diffusers'. ValueError if a tensor
-    does not fit the model.
+    Names may be the original ones, as here and in ComfyUI, diffusers', or musubi-tuner's.
+    ValueError names the key that is not understood, or the layer that does not fit the model.
     """
-    layers = {prefix + rename(name.removesuffix(".weight")): p
-              for name, p in model.named_parameters() if name.endswith(".weight")
-              for prefix, rename in ((PREFIX, str), ("transformer.", checkpoint.diffusers_name))}
-    with checkpoint.open_weights(file) as weights:
-        tensors = {name: weights.get_tensor(name) for name in weights.keys()}
-    for layer in sorted({name.rsplit(".lora_", 1)[0].removesuffix(".alpha") for name in tensors}):
+    weights = {name.removesuffix(".weight"): p for name, p in model.named_parameters()
+               if name.endswith(".weight")}
+    layers = {name: p for layer, p in weights.items() for name in (
+        PREFIX + layer, f"transformer.{checkpoint.diffusers_name(layer)}",
+        f"lora_unet_{layer.replace('.', '_')}")}
+    with checkpoint.open_weights(file) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        metadata = opened.metadata() or {}
+    settings = checkpoint.read_json(file, metadata.get("lora_adapter_metadata", "{}"))
+    settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+    parts = defaultdict(dict)
+    for name, tensor in tensors.items():
+        kind = next(filter(name.endswith, KINDS), None)
+        layer = name.removesuffix(kind or "")
+        if kind is None or layer not in layers:
+            raise ValueError(f"{file}: {name} is not understood, or is for another model; the keys "
+                             f"of a LoRA end in {', '.join(KINDS)}")
+        parts[layer][KINDS[kind]] = tensor.float()
+    for layer, found in parts.items():
         try:
-            up, down = (tensors[f"{layer}.lora_{part}.weight"].float() for part in (
-                "BA" if f"{layer}.lora_B.weight" in tensors else ("up", "down")))
-            change = scale * tensors.get(f"{layer}.alpha", len(down)) / len(down) * (up @ down)
+            if not {"up", "down"} <= found.keys():
+                raise RuntimeError("one of its two matrices is missing")
+            up, down = found["up"], found["down"]
+            factor = (found["alpha"].item() / len(down) if "alpha" in found
+                      else scaling(layer, len(down), settings))
+            change = scale * factor * (up @ down)
             if change.shape != layers[layer].shape or not change.isfinite().all():
                 raise RuntimeError("its shape differs, or it is not finite")
-            layers[layer].data += change.to(layers[layer].dtype)
-        except (KeyError, RuntimeError) as error:
+            layers[layer].data += change
+        except (RuntimeError, TypeError, AttributeError, re.error) as error:
             raise ValueError(f"{file}: {layer} does not fit this model ({error})") from None
     return model
+
+
+def scaling(layer, rank, settings):
+    """The factor of a LoRA by peft's settings, which diffusers stores in the file; by default 1."""
+    layer = layer.partition(".")[2]  # without the prefix, as peft names it
+    alpha = next((alpha for pattern, alpha in settings.get("alpha_pattern", {}).items()
+                  if re.fullmatch(rf"(.*\.)?({pattern})", layer)), settings.get("lora_alpha", rank))
+    return alpha / (rank ** 0.5 if settings.get("use_rslora") else rank)
 
 
 def extract(student, base, rank):

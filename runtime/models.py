@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 import adavid
 from runtime import cli
-from runtime.distributed import full_tensor, rank, shard
+from runtime.distributed import full_tensor, rank, shard, world_size
 from runtime.lora import add_adapters, rate_factor
 from tiny_wan import WanConfig, WanModel, checkpoint
 
@@ -32,10 +32,16 @@ def default_config(model, lora=0):
     return replace(numbers, lr=factor * numbers.lr, critic_lr=factor * numbers.critic_lr)
 
 
-def load_interpolator(path, device):
-    """The interpolator beside a model's weights, frozen; None if there is none."""
-    file = checkpoint.home(path) / "interpolator.safetensors"
-    if not file.exists():
+def find_interpolator(*paths):
+    """The file of the interpolator beside the first of these models or LoRAs that has one."""
+    files = (checkpoint.home(path) / "interpolator.safetensors" for path in paths)
+    return next((file for file in files if file.exists()), None)
+
+
+def load_interpolator(path, device, *loras):
+    """The interpolator beside a model's LoRAs or its weights, frozen; None if there is none."""
+    file = find_interpolator(*loras, path)
+    if file is None:
         return None
     try:
         interpolator = adavid.FrameInterpolator.from_pretrained(file)
@@ -80,7 +86,9 @@ def load_models(args, device):
         dtype = cli.pick_dtype(args.dtype, device)
         base = WanModel.from_pretrained(args.model, dtype or torch.float32)
         base.gradient_checkpointing = recomputes(args)
-        base.to(device)
+        # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP
+        # would only make copies: the base is in the dtype that it computes in.
+        base = shard(base, device) if world_size() > 1 else base.to(device)
         return Models(*add_adapters(base, args.lora, ("student", "critic"), args.seed),
                       interpolator)
     return Models(load_sharded(args, args.model, device).requires_grad_(False),
@@ -92,7 +100,8 @@ def load_sharded(args, path, device):
     """A model with weights in float32, sharded over the ranks."""
     model = WanModel.from_pretrained(path)
     model.gradient_checkpointing = recomputes(args)
-    return shard(model, device, cli.pick_dtype(args.dtype, device))
+    model = shard(model, device, cli.pick_dtype(args.dtype, device))
+    return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 
 def recomputes(args):

@@ -313,6 +313,8 @@ BAD_INPUT = {
     "export": [
         ("toy", "--out toy --layout original"),
         ("toy/wan.safetensors", "--out toy/wan.safetensors --layout comfyui"),
+        *((f"--lora-rank {flag}", f"--base @toy --lora-rank 2 {flag} {value}") for flag, value in (
+            ("--layout", "diffusers"), ("--dtype", "bfloat16"), ("--lora", "toy"))),
     ],
     "export diffusers": [
         ("diffusers/transformer", "--out diffusers/transformer --layout original"),
@@ -322,5 +324,10 @@ BAD_INPUT = {
         (ADAPTER, "--model @diffusers"),
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.full((32, 2), INF)})),
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.zeros(64, 2), DOWN: torch.zeros(2, 32)})),
+        *((f"{ADAPTER} {key}", edit_tensors(ADAPTER, {key: torch.zeros(32)})) for key in (
+            "diffusion_model.blocks.0.ffn.2.diff_b", "diffusion_model.blocks.0.norm3.diff",
+            "diffusion_model.blocks.0.ffn.2.dora_scale", "lora_unet_blocks_0_img_q.alpha")),
+        *((ADAPTER, edit_tensors(ADAPTER, {}, lora_adapter_metadata=settings)) for settings in (
+            "{", '{"lora_alpha": "x"}', '{"alpha_pattern": 1}', '{"alpha_pattern": {"(": 1}}')),
     ],
 }

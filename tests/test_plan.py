@@ -154,18 +154,20 @@ def test_sizes_and_ratios_are_the_published_ones(preset, billions, half_step, de
     assert four == 4 * full and guided == 2 * full
 
 
-def test_sharding_divides_memory_and_lora_does_not():
+def test_sharding_divides_the_weights_and_lora_the_frozen_base():
     config = replace(PRESETS["wan-1.3b"], num_layers=2)
     total = plan.parameters(costs.build(config))
-    one, many = (plan.memory(config, gpus) for gpus in (1, 8))
-    shared = [name for name in one if "sharded" in name.replace("unsharded", "")]
-    assert sum(one[name] for name in shared) == pytest.approx(32 * total)
-    assert all(many[name] == one[name] / 8 for name in shared)
-
-    base, *others = plan.memory(config, 8, lora=64).values()
     adapter = 2 * 64 * (8 * 2 * 1536 + 2 * (1536 + 8960))
-    assert base == pytest.approx(2 * total, rel=0.15)
+    for lora, everything in ((0, 32 * total), (64, pytest.approx(2 * total, rel=0.15))):
+        one, many = (plan.memory(config, gpus, lora) for gpus in (1, 8))
+        shared = [name for name in one if "sharded" in name.replace("unsharded", "")]
+        assert sum(one[name] for name in shared) == everything
+        assert all(many[name] == one[name] / 8 for name in shared)
+
+    _, *others, unsharded = plan.memory(config, 8, lora=64).values()
     assert sum(others) == (8 + 4 + 16) * adapter
+    assert unsharded == sum(p.nbytes for p in costs.build(config).blocks.parameters())
+    assert list(plan.memory(config, 1, lora=64).values())[1:] == [*others, 0]
 
 
 @pytest.fixture

@@ -5,18 +5,28 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import adavid
 import sample
 import train
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
+from runtime.experts import load_student
 from runtime.models import default_config
 from runtime.run import lock_folder
 from tests import miniature_wan
-from tests.helpers import ROOT, complaint, distill, equal, read_lines, saved, torchrun
+from tests.helpers import (
+    ROOT,
+    complaint,
+    distill,
+    equal,
+    random_model,
+    read_lines,
+    saved,
+    torchrun,
+)
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 from tools import export
 
@@ -102,11 +112,13 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(before, after, first, w
         assert torch.equal(p, tensors["student." + name])
 
 
-@pytest.mark.parametrize("flags, batch_size", [
-    (("--accumulate", 2), 1), (("--gradient-checkpointing", True), 2)])
+@pytest.mark.parametrize("flags, batch_size, ranks", [
+    (("--accumulate", 2), 1, 1), (("--gradient-checkpointing", True), 2, 1),
+    (("--gradient-checkpointing", True), 1, 2)])
 def test_accumulation_and_recomputed_blocks_change_nothing(
-        flags, batch_size, whole, toy_folder, tmp_path):
-    assert agree(whole[1], trained(toy_folder, tmp_path, *flags, batch_size=batch_size), toy_folder)
+        flags, batch_size, ranks, whole, toy_folder, tmp_path):
+    out = trained(toy_folder, tmp_path, *flags, batch_size=batch_size, ranks=ranks)
+    assert agree(whole[1], out, toy_folder)
 
 
 def test_averaged_weights_follow_the_students(whole, toy_folder, tmp_path):
@@ -133,6 +145,36 @@ def test_bf16_computes_on_two_ranks_with_float32_weights(toy_folder, tmp_path):
     assert 0 < read_lines(out / "metrics.jsonl")[0]["student_grad_norm"] < 1e3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sharded_bf16_has_wans_float32_parts_and_the_bits_of_a_model_loaded_in_bf16(
+        ranks, tmp_path):
+    (tmp_path / "bf16.py").write_text("""
+import torch
+from runtime.distributed import init_distributed, shard
+from tiny_wan import WEIGHTS, WanModel
+from tiny_wan.model import KEPT_PRECISE
+device, g = init_distributed("cpu"), torch.Generator().manual_seed(0)
+x, text = torch.randn(4, 12, 5, 8, 8, generator=g), torch.randn(4, 8, 34, generator=g)
+t, dtypes = torch.tensor([1000.0, 900.0, 757.0, 522.0]), {}
+exact, loaded, rounded, sharded = (
+    WanModel.from_pretrained(WEIGHTS, dtype).requires_grad_(False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32))
+for name, p in rounded.named_parameters():
+    p.data = p.data if name.startswith("time_") else p.data.bfloat16()
+for name, module in sharded.named_modules():
+    module.register_forward_hook(lambda module, *_, name=name: dtypes.update(
+        {f"{name}.{n}": p.dtype for n, p in module.named_parameters(recurse=False)}))
+v, v_loaded, v_rounded, v_sharded = (model(x, t, text) for model in (
+    exact, loaded, rounded, shard(sharded, device, torch.bfloat16)))
+assert dtypes == {name: torch.float32 if KEPT_PRECISE.search(name) else torch.bfloat16
+                  for name, _ in exact.named_parameters()}
+assert torch.equal(v_sharded, v_loaded)
+assert (v_sharded - v).norm() < 0.98 * (v_rounded - v).norm()
+""")
+    result = torchrun(f"--nproc_per_node={ranks}", tmp_path / "bf16.py")
+    assert result.returncode == 0, result.stderr
+
+
 # --- LoRA ----------------------------------------------------------------------------------
 
 def test_lora_trains_adapters_alike_on_two_ranks_and_resumes_to_the_same_bits(toy_folder, tmp_path):
@@ -143,14 +185,41 @@ def test_lora_trains_adapters_alike_on_two_ranks_and_resumes_to_the_same_bits(to
     assert all(t.any() for n, t in ups.items() if n.startswith(("student.", "critic.")))
     assert not (out / "diffusion_pytorch_model.safetensors").exists()
 
-    two = saved(trained(toy_folder, tmp_path / "two", "--lora", 4, ranks=2))
     zero = {n: torch.zeros_like(t) for n, t in tensors.items()}
-    for part in ("student", "critic"):
-        assert distance(ups, two, part) <= 1e-3 * distance(ups, zero, part)
+    for recomputed in (False, True):
+        two = saved(trained(toy_folder, tmp_path / f"two-{recomputed}", "--lora", 4,
+                            "--gradient-checkpointing", recomputed, ranks=2))
+        for part in ("student", "critic"):
+            assert distance(ups, two, part) <= 1e-3 * distance(ups, zero, part)
 
     for steps in (1, 3):
         trained(toy_folder, tmp_path / "resumed", "--lora", 4, steps=steps)
     assert equal(tensors, saved(tmp_path / "resumed"))
+
+
+def test_each_of_two_ranks_holds_half_of_loras_base_and_whole_adapters(toy_folder, tmp_path):
+    (tmp_path / "hold.py").write_text("""
+import sys, train
+from runtime import run
+log = run.Run.log
+def seen(self, *args):
+    parts = [getattr(p, "to_local", lambda p=p: p)().numel() if "lora_" not in name else 0
+             for name, p in self.state["student"].base.named_parameters()]
+    adapter = sum(p.numel() for p in self.state["student"].parameters())
+    print("holds", sum(parts), adapter)
+    log(self, *args)
+run.Run.log = seen
+sys.exit(train.main(sys.argv[1:]))
+""")
+    result = on_two_ranks(toy_folder, "run", "--lora", 4, steps=1, script="hold.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    held = [line.split()[1:] for line in result.stdout.splitlines() if "holds" in line]
+    base, adapter = zip(*(map(int, numbers) for numbers in held))
+    model = WanModel.from_pretrained(toy_folder)
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(base) == whole and max(base) <= 0.51 * whole
+    assert {*adapter} == {sum(4 * sum(p.shape) for name, p in model.named_parameters()
+                              if re.search(r"blocks.*(attn\.[qkvo]|ffn\.[02])\.weight", name))}
 
 
 def test_the_base_is_the_teacher_bit_for_bit_and_adapters_do_not_mix(toy_folder):
@@ -264,6 +333,71 @@ def test_diffusers_and_comfyui_read_our_adapter_and_we_merge_it(tmp_path):
     assert (WanModel.from_pretrained(tmp_path / "wan")(x, t, text) - wanted).abs().max() > 0.1
 
 
+def merges_as_diffusers(pipe, folder):
+    """Whether the LoRA in a folder, merged, gives the velocity of the pipeline that has it."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(1, 16, 3, 8, 8, generator=g), torch.tensor([522.0])
+    text = torch.randn(1, 512, 32, generator=g)
+    base, model = (WanModel.from_pretrained(folder / "wan") for _ in range(2))
+    with torch.no_grad():
+        theirs = pipe.transformer(x, t, text, return_dict=False)[0]
+        ours = lora.merge(model, folder / lora.FILE)(x, t, text)
+        assert (theirs - base(x, t, text)).abs().max() > 0.1
+    return (ours - theirs).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("layer_name, down, up", [
+    ("diffusion_model.{}", "lora_A", "lora_B"), ("diffusion_model.{}", "lora_down", "lora_up"),
+    ("lora_unet_{}", "lora_down", "lora_up")])
+def test_an_alpha_that_is_not_the_rank_counts_as_in_diffusers(layer_name, down, up, tmp_path):
+    pipe, tensors, g = miniature_wan.pipeline(), {}, torch.Generator().manual_seed(0)
+    pipe.transformer.save_pretrained(tmp_path / "wan")
+    for name, p in WanModel.from_pretrained(tmp_path / "wan").named_parameters():
+        if re.fullmatch(r"blocks.*(attn\.[qkvo]|ffn\.[02])\.weight", name):
+            layer = name.removesuffix(".weight")
+            layer = layer_name.format(layer.replace(".", "_") if "unet" in layer_name else layer)
+            tensors |= {f"{layer}.{down}.weight": 0.2 * torch.randn(4, p.shape[1], generator=g),
+                        f"{layer}.{up}.weight": 0.2 * torch.randn(len(p), 4, generator=g),
+                        f"{layer}.alpha": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / lora.FILE)
+    pipe.load_lora_weights(tmp_path, weight_name=lora.FILE)
+    assert merges_as_diffusers(pipe, tmp_path)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_pefts_alphas_and_ranks_in_the_header_count_as_in_diffusers(use_rslora, tmp_path):
+    pipe = miniature_wan.pipeline()
+    pipe.transformer.save_pretrained(tmp_path / "wan")
+    pipe.transformer.add_adapter(LoraConfig(
+        r=4, lora_alpha=3, target_modules=["to_q", "ffn.net.2"], rank_pattern={"attn2.to_q": 2},
+        alpha_pattern={r"1\.attn2.to_q": 5}, use_rslora=use_rslora))
+    tensors = get_peft_model_state_dict(pipe.transformer, adapter_name="default")
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: 0.2 * torch.randn(p.shape, generator=g) for name, p in tensors.items()}
+    set_peft_model_state_dict(pipe.transformer, tensors, adapter_name="default")
+    pipe.save_lora_weights(
+        tmp_path, tensors, transformer_lora_adapter_metadata=pipe.transformer.peft_config[
+            "default"].to_dict())
+    assert merges_as_diffusers(pipe, tmp_path)
+
+
+def test_export_merges_to_the_bits_that_sample_computes_with(inputs, tmp_path):
+    model = random_model(WanModel.from_pretrained(inputs["toy"]).config)
+    model.save_pretrained(tmp_path / "base")
+    _, student = lora.add_adapters(model, 4, ("student",))
+    g = torch.Generator().manual_seed(0)
+    for p in student.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    student.save_adapter(tmp_path, {"method": "AVD"})
+    assert export.main(["--model", str(tmp_path / "base"), "--lora", str(tmp_path / lora.FILE),
+                        "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
+    sampled, _ = load_student(tmp_path / "base", torch.bfloat16, "cpu",
+                              [(tmp_path / lora.FILE, 1.0)])
+    exported = WanModel.from_pretrained(tmp_path / "out").state_dict()
+    assert equal(exported, sampled.state_dict())
+    assert {p.dtype for p in exported.values()} == {torch.bfloat16, torch.float32}
+
+
 def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_path, capsys):
     student = WanModel.from_pretrained(toy_folder, torch.float32)
     g = torch.Generator().manual_seed(0)
@@ -275,6 +409,8 @@ def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_
             p.data += 0.01
     student.save_pretrained(tmp_path / "student", metadata={
         "method": "AVD", "avd": adavid.AVDConfig(guidance_scale=3.0).to_json()})
+    shutil.copy(toy_folder / "interpolator.safetensors", tmp_path / "student")
+    WanModel.from_pretrained(toy_folder).save_pretrained(tmp_path / "base")
     for rank in (3, 2):
         assert export.main(["--model", str(tmp_path / "student"), "--base", str(toy_folder),
                             "--lora-rank", str(rank), "--out", str(tmp_path / str(rank))]) == 0
@@ -283,12 +419,13 @@ def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_
 
     videos = {}
     for name, flags in {"student": ["--model", tmp_path / "student"], "lora": [
-            "--model", toy_folder, "--lora", tmp_path / "3" / lora.FILE], "half": [
+            "--model", tmp_path / "base", "--lora", tmp_path / "3" / lora.FILE], "half": [
             "--model", toy_folder, "--lora", tmp_path / "3" / lora.FILE, "--lora-scale", 0.5],
             "base": ["--model", toy_folder]}.items():
-        assert sample.main(["a red ball", *map(str, flags), "--out", str(tmp_path / name),
-                            "--device", "cpu", "--save-latents", "--full-rate"]) == 0
-        videos[name] = load_file(tmp_path / name / "latents.safetensors")["latents"]
+        assert sample.main(["a red ball", *map(str, flags), "--out", str(tmp_path / f"{name}-out"),
+                            "--device", "cpu", "--save-latents"]) == 0
+        assert "no interpolator" not in capsys.readouterr().out  # it comes with the LoRA
+        videos[name] = load_file(tmp_path / f"{name}-out" / "latents.safetensors")["latents"]
     away = {name: (x - videos["student"]).norm().item() for name, x in videos.items()}
     assert away["lora"] < 0.3 * away["half"] and away["half"] < away["base"]
     code = sample.main(["a red ball", "--model", str(toy_folder), "--lora", str(
@@ -305,6 +442,7 @@ import sys, time, train
 from pathlib import Path
 from runtime import distributed, run
 from runtime.checkpoints import list_checkpoints
+from runtime.experts import load_student
 from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
 write = Writer.write_data
 def slowly(self, *args):

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from runtime import cli
-from runtime.lora import FILE, extract, merge
-from runtime.models import load_config
+from runtime.lora import FILE, extract, load_merged
+from runtime.models import find_interpolator, load_config
 from tiny_wan import WanModel, checkpoint
 
 SCHEDULER = {  # the one that renoises each prediction, as adavid.sample does
@@ -31,8 +31,8 @@ class Export:
     """student or teacher, in any layout"""
     out: Path
     """folder to write; with --layout comfyui it may be a file, with a name in .safetensors"""
-    layout: Literal[checkpoint.LAYOUTS] = "diffusers"
-    """of the files to write"""
+    layout: Literal[checkpoint.LAYOUTS] | None = None
+    """of the files to write; by default diffusers"""
     lora: Path | None = None
     """a LoRA of this model, in a file; it is merged into the weights"""
     lora_rank: int | None = None
@@ -49,7 +49,8 @@ def main(argv=None):
 
 def run(args):
     home = args.out.parent if args.out.suffix == ".safetensors" else args.out
-    out = args.out / "transformer" if args.layout == "diffusers" else args.out
+    layout = args.layout or "diffusers"
+    out = args.out / "transformer" if layout == "diffusers" else args.out
     own = {checkpoint.home(args.model), checkpoint.weight_files(args.model)[0].parent}
     if {folder.resolve() for folder in own} & {home.resolve(), out.resolve()}:
         raise ValueError(f"--out {args.out} would write to the model's own folder; choose another")
@@ -57,27 +58,32 @@ def run(args):
     if (args.lora_rank is None) != (args.base is None):
         raise ValueError("--lora-rank and --base go together")
     if args.base:
+        if args.lora or args.layout or args.dtype:
+            raise ValueError("--lora-rank writes one float32 file, which all programs read: leave "
+                             "out --lora, --layout and --dtype")
         return export_lora(args)
     distilled = args.lora or args.model  # the file with the method's numbers
     config, metadata = load_config(distilled), checkpoint.read_metadata(distilled)
-    model = WanModel.from_pretrained(args.model, args.dtype and getattr(torch, args.dtype))
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model = WanModel.from_pretrained(args.model, dtype)
     if args.lora:
-        merge(model, args.lora)
-        if model.blocks[0].ffn[0].weight.dtype != torch.float32:
+        dtype = model.blocks[0].ffn[0].weight.dtype
+        model = load_merged(args.model, dtype, None, [(args.lora, 1.0)])
+        if dtype != torch.float32:
             print("note: small changes of the adapter are lost to rounding in this dtype; use "
                   "--dtype float32, or the adapter with the unchanged model")
     kept = {k: v for k, v in metadata.items() if k not in ("format", "config")}
-    model.save_pretrained(out, args.layout, kept | {"avd": config.to_json()})
+    model.save_pretrained(out, layout, kept | {"avd": config.to_json()})
 
-    if args.layout == "diffusers":
+    if layout == "diffusers":
         (args.out / "scheduler").mkdir(exist_ok=True)
         (args.out / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(SCHEDULER, indent=2) + "\n")
-    interpolator = checkpoint.home(args.model) / "interpolator.safetensors"
-    if interpolator.exists():
+    interpolator = find_interpolator(distilled, args.model)
+    if interpolator and interpolator.parent.resolve() != home.resolve():
         shutil.copy(interpolator, home)
     sigmas = ", ".join(f"{t / 1000:g}" for t in config.timesteps)
-    print(f"{args.out}: written in the {args.layout} layout; sample with the sigmas {sigmas}, 0")
+    print(f"{args.out}: written in the {layout} layout; sample with the sigmas {sigmas}, 0")
 
 
 def export_lora(args):
@@ -89,6 +95,8 @@ def export_lora(args):
     kept = {k: v for k, v in checkpoint.read_metadata(args.model).items() if k != "config"}
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_files({args.out / FILE: tensors}, kept | {"format": "pt"})
+    if interpolator := find_interpolator(args.model):
+        shutil.copy(interpolator, args.out)
     print(f"{args.out / FILE}: of the norm of all changes, rank {args.lora_rank} leaves out "
           f"{missed:.1%}, and {others:.1%} are in biases, norms and embeddings, which it lacks")
 

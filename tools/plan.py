@@ -151,17 +151,19 @@ def memory(config, gpus=1, lora=0):
     if lora:
         adapter = config.num_layers * parameters(
             add_adapters(build(replace(config, num_layers=1)), lora, ("student",))[1])
-        return {"weights: one frozen base, bfloat16": sum(p.nbytes for p in model.parameters()),
+        base, block = (sum(p.nbytes for p in part.parameters()) for part in (
+            model, model.blocks[0]))
+        return {"weights: one frozen base, bfloat16, sharded": base / gpus,
                 "weights: two adapters, float32": 2 * 4 * adapter,
                 "gradients of one adapter, float32": 4 * adapter,
-                "optimiser: AdamW's two moments for two adapters": 2 * 8 * adapter}
-    root = total - block * config.num_layers
+                "optimiser: AdamW's two moments for two adapters": 2 * 8 * adapter,
+                "unsharded: the block at work and the next one": 2 * block * (gpus > 1)}
     return {"weights: teacher, student, critic, float32, sharded": 3 * 4 * total / gpus,
             "gradients of one model, float32, sharded": 4 * total / gpus,
             "optimiser: AdamW's two moments for two models, sharded": 2 * 8 * total / gpus,
-            # In bfloat16, the root, the block at work and the next one. A block's gradients are
-            # in bfloat16 and, on the way to their shards, in float32.
-            "unsharded: root, two blocks, a block's gradients": 2 * root + 4 * block + 6 * block}
+            # In bfloat16, the block at work and the next one. A block's gradients are in bfloat16
+            # and, on the way to their shards, in float32.
+            "unsharded: two blocks, a block's gradients": 4 * block + 6 * block}
 
 
 def parameters(module):
