@@ -38,7 +38,7 @@ def init_distributed(device_name):
                                 world_size=ranks)
     elif device.type == "cuda":  # a group of one, as it is FSDP that computes in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # Otherwise the group's threads may still run when Python ends, which aborts the process.
+    # Otherwise the group's threads may still run when Python ends, which can abort the process.
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
 

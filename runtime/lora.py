@@ -100,9 +100,12 @@ class Adapted:
 def load_merged(path, dtype, device, loras):
     """The model at `path` with LoRAs, which are added in float32 before the cast to `dtype`.
 
+    dtype: None for that of the model's file.
     loras: pairs of a file and a scale.
     """
-    model = WanModel.from_pretrained(path, torch.float32)
+    model = WanModel.from_pretrained(path)
+    dtype = dtype or model.blocks[0].ffn[0].weight.dtype
+    model.float()
     for file, scale in loras:
         merge(model, file, scale)
     for name, p in model.named_parameters():

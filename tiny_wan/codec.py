@@ -172,7 +172,8 @@ class WanCodec(Codec):
     def vae(self):
         with loading(self.parts["VAE"]):
             vae = load_vae(self.parts["VAE"]).requires_grad_(False)
-            check_finite(vae.to(self.device, self.vae_dtype))
+            vae.to(self.device, self.vae_dtype)
+            check_finite(vae)
             # Of each latent channel, both `[16, 1, 1, 1]`.
             self.mean, self.std = (
                 torch.tensor(numbers, device=self.device).view(self.channels, 1, 1, 1)

@@ -55,7 +55,7 @@ KINDS = ("mislabelled", "cut", "frozen", "noisy", "night")  # of unreliable real
 READINGS = ("x", "y", "vx", "vy", "red", "green", "blue", "size")  # of the Fréchet distance
 TIMESTEPS = [f"{t:g}" for t in adavid.AVDConfig.timesteps]
 SCORES = {"motion": "speed", "motion_open": "open_speed"}  # their names in the oracle's scores
-WHOLE = ("steps", "forwards")  # numbers
+COUNTS = ("steps", "forwards")  # columns without decimals
 RELATIVE = ("motion", "motion_open", "saturation", "flicker")  # to the real data's mean
 COLUMNS = {
     "instance": "instance preservation", "prompt": "prompt accuracy", "motion": "motion",
@@ -141,12 +141,12 @@ def measure_again(args, measured):
     name = conditions["rows"][args.row].get("student")
     if init := conditions["students"].get(name, {}).get("init"):
         job(args.out, conditions, ((init, seed), []))
-    line, = job(args.out, conditions, ((name, seed), [args.row]))
-    lines = {"again": line}
+    again, = job(args.out, conditions, ((name, seed), [args.row]))
+    lines = {"again": again}
     if first := measured.lines.get((args.row, seed)):
         lines["first"] = first
-    print(f"{args.row}, seed {seed:<12}", *(f"{name:>8}" for name in lines))
-    for column in ("diversity", "frechet", *line["scores"]):
+    print(f"{args.row}, seed {seed:<12}", *(f"{title:>8}" for title in lines))
+    for column in ("diversity", "frechet", *again["scores"]):
         means = [np.nanmean(np.array(line["scores"].get(column) or line[column], dtype=float))
                  for line in lines.values()]
         print(f"{column:20}", *(f"{mean:8.3f}" for mean in means))
@@ -236,6 +236,9 @@ def job(out, conditions, item):
             code = program.main(argv)
         if code:
             raise ValueError(f"{folder}: {(folder / 'log.txt').read_text().splitlines()[-1]}")
+        if (adapter := folder / lora.FILE).is_file():  # from here on it is a student like any other
+            model = lora.load_merged(WEIGHTS, torch.float32, "cpu", [(adapter, 1.0)])
+            model.save_pretrained(folder, metadata=checkpoint.read_metadata(adapter))
     return [measure(conditions, row, folder, seed) for row in rows]
 
 
@@ -287,10 +290,7 @@ def spoil(kind, video, generator):
 
 def sampler_of(row, folder, device="cpu"):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    adapter, loras = folder / lora.FILE, []
-    if adapter.is_file():
-        folder, loras = WEIGHTS, [(adapter, 1.0)] if device != "meta" else []
-    model, sample_student = load_student(folder, torch.float32, device, loras)
+    model, sample_student = load_student(folder, torch.float32, device)
     config, interpolator = load_config(folder), load_interpolator(folder, device)
     if "steps" in row:
         null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
@@ -322,7 +322,7 @@ def measure(conditions, name, folder, seed):
         seconds = (time.perf_counter() - start) / len(video)
         one = costs.inputs(PRESETS["tiny"], codec.latent_shape(), batch_size=1)
         flops, *_ = costs.count(lambda: sampler_of(row, folder, "meta")(*one, None))
-        steps = row.get("steps") or len(row.get("strides") or load_config(folder).timesteps)
+        steps = row.get("steps", len(load_config(folder).timesteps))
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
             "scores": {key: [compact(v) for v in scores[key].tolist()] for key in (
@@ -338,7 +338,7 @@ def measure(conditions, name, folder, seed):
                             for key in (f"reg_std_{t}", f"weight_{t}")
                             if (values := [s[key] for s in log if s.get(key) is not None])}
         student = conditions["students"][row["student"]]
-        if line["training"] and "cache" not in student and "--lora" not in student["flags"]:
+        if line["training"] and "cache" not in student:
             line["weights"] = weights(folder, log[-1], real, prompts)
     shown = {row for question in conditions["questions"][:2] for row in question["rows"]}
     if seed == conditions["seeds"][0] and name in shown:
@@ -492,7 +492,7 @@ def table(measured, question):
     for rows in [*([row] for row in question["rows"]), *question.get("differences", ())]:
         sign = "+" if len(rows) == 2 else ""
         lines.append([measured.title(*rows), *(
-            said(*measured.interval(column, *rows), sign, digits=0 if column in WHOLE else 3)
+            said(*measured.interval(column, *rows), sign, digits=0 if column in COUNTS else 3)
             for column in question["columns"])])
     return lines
 

@@ -65,13 +65,13 @@ def run(args):
     distilled = args.lora or args.model  # the file with the method's numbers
     config, metadata = load_config(distilled), checkpoint.read_metadata(distilled)
     dtype = args.dtype and getattr(torch, args.dtype)
-    model = WanModel.from_pretrained(args.model, dtype)
     if args.lora:
-        dtype = model.blocks[0].ffn[0].weight.dtype
-        model = load_merged(args.model, dtype, None, [(args.lora, 1.0)])
-        if dtype != torch.float32:
+        model = load_merged(args.model, dtype, "cpu", [(args.lora, 1.0)])
+        if model.blocks[0].ffn[0].weight.dtype != torch.float32:
             print("note: small changes of the adapter are lost to rounding in this dtype; use "
                   "--dtype float32, or the adapter with the unchanged model")
+    else:
+        model = WanModel.from_pretrained(args.model, dtype)
     kept = {k: v for k, v in metadata.items() if k not in ("format", "config")}
     model.save_pretrained(out, layout, kept | {"avd": config.to_json()})
 
