@@ -7,6 +7,9 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+torch.set_num_threads(1)  # also for what is set up once, before the first test
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Results must not depend on the number of cores, nor tests on each other's threads."""
