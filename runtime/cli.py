@@ -15,10 +15,7 @@ from safetensors import SafetensorError
 
 from adavid import HUGE, TINY, AVDConfig
 
-INSTALLED_BY = dict.fromkeys(("diffusers", "transformers", "ftfy", "peft"), "-e '.[wan]'") | {
-    "tensorboard": "tensorboard"}
-
-
+OF_EXTRA = {"diffusers", "transformers", "ftfy", "peft"}  # installed by the extra [wan]
 MOST = 2**31 - 1
 LIMITS = AVDConfig.limits | {  # the least and the largest value of each flag that is a number
     "steps": (1, MOST), "batch_size": (1, 2**16), "accumulate": (1, 2**16), "seed": (0, 2**32 - 1),
@@ -82,9 +79,9 @@ def run(program, options, argv=None):
     except SafetensorError as error:  # readers name their file, so this is a full disk
         fail(f"a safetensors file could not be written: {error}")
     except ModuleNotFoundError as error:
-        if error.name not in INSTALLED_BY:
+        if error.name not in OF_EXTRA:
             raise
-        fail(f"{error.name} is not installed; python -m pip install {INSTALLED_BY[error.name]}")
+        fail(f"{error.name} is not installed; python -m pip install -e '.[wan]'")
     except (torch.OutOfMemoryError, MemoryError) as error:
         fail(f"{error}; try smaller videos or smaller batches (--help lists what saves memory)")
     return 2

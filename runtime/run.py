@@ -64,12 +64,10 @@ class Flags:
     """also keep every checkpoint whose step is a multiple of this"""
     sample_every: int = 100
     """steps between pictures of a fixed set of prompts"""
-    tensorboard: bool = False
-    """also write logs for TensorBoard, which must be installed"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """device to run on"""
     may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
-                  "tensorboard", "lr", "critic_lr"}  # when a run is resumed
+                  "lr", "critic_lr"}  # when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,10 +142,6 @@ class Run:
             for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
                 truncate_log(args.out / log, self.start)
         self.skips, self.waited, self.motion = 0, 0.0, deque(maxlen=MOTION_WINDOW)
-        self.board = None
-        if args.tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(args.out)
 
     def __enter__(self):
         args, self.stack = self.args, ExitStack()
@@ -205,9 +199,6 @@ class Run:
             self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
                 "loss", "dmd", "reg", "temp", "critic") if metrics.get(name) is not None})
         self.waited = waited
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, math.nan if value is None else value, step)
 
     def warn(self, message):
         if rank() == 0:

@@ -41,13 +41,9 @@ def test_the_same_input_is_accepted_when_nothing_is_wrong(reader, inputs, tmp_pa
     assert READERS[reader].program(READERS[reader].prepare(inputs, tmp_path)) == 0
 
 
-@pytest.mark.parametrize("reader, flags, package, installed_by", [
-    ("sample original", [], "ftfy", "[wan]"),
-    ("distill", ["--tensorboard"], "tensorboard", "tensorboard")])
-def test_a_package_that_is_not_installed_is_named(
-        reader, flags, package, installed_by, inputs, tmp_path, monkeypatch, capsys):
+def test_a_package_that_is_not_installed_is_named(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, package, None)
-    arguments = [*READERS[reader].prepare(inputs, tmp_path), *flags]
-    line = complaint(capsys, READERS[reader].program(arguments))
-    assert package in line and installed_by in line.partition("install ")[2]
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    reader = READERS["sample original"]
+    line = complaint(capsys, reader.program(reader.prepare(inputs, tmp_path)))
+    assert "ftfy" in line and "[wan]" in line
