@@ -209,7 +209,9 @@ def measured(tmp_path, scores):
                   "rows": {name: {"title": name, "seeds": [0, 1, 2]} for name in scores}}
     result = ablation.Measurements(conditions, tmp_path / "measurements.jsonl")
     result.save([{"row": name, "seed": seed, "definition": ablation.definition(conditions, name),
-                  "scores": {"saturation": row.tolist()}}
+                  "scores": {"saturation": row.tolist(), **{
+                      failure: (0 * row + i / 10).tolist()
+                      for i, failure in enumerate(world.FAILURES)}}}
                  for name, values in scores.items() for seed, row in enumerate(values)])
     return ablation.Measurements(conditions, result.file)
 
@@ -240,12 +242,41 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
     assert re.findall("rises|falls|does not change", told) == ["rises", "falls", "does not change"]
 
 
-def test_a_rank_is_by_the_papers_score_and_by_the_distance_from_real_videos(tmp_path):
+def test_ranks_are_by_the_papers_scores_and_by_the_distance_from_real_videos(tmp_path):
     table = measured(tmp_path, {"real": np.ones((3, 200)), "high": np.full((3, 200), 1.5),
                                 "low": np.full((3, 200), 0.8), "right": np.full((3, 200), 1.1)})
     table.conditions["paper"] = {"benchmarks": ["paper"], "columns": ["saturation"],
-                                 "rows": {"low": [70], "right": [60], "high": [80]}}
+                                 "rows": {"low": [70], "right": [60], "high": [80]},
+                                 "methods": ["low", "high", "right", "real"],
+                                 "strengths": ["saturation"], "costs": ["memory"]}
     assert ablation.ranks(table)[1:] == [["low", "2", "2"], ["right", "3", "1"], ["high", "1", "3"]]
+    often = f"{world.FAILURES[-1]}, {(len(world.FAILURES) - 1) / 10:.1%}"
+    assert ablation.strengths(table)[1:] == [
+        ["low", "–", "saturation", often, "0"], ["high", "–", "saturation", often, "0"],
+        ["right", "saturation", "–", often, "0"], ["real", "saturation", "–", often, "0"]]
+
+
+def test_a_cheaper_recipe_is_worse_where_it_is_measurably_farther_from_real_videos(tmp_path):
+    rng = np.random.default_rng(0)
+    table = measured(tmp_path, {"real": np.ones((3, 200)), "avd": np.full((3, 200), 1.2), **{
+        name: mean + 0.01 * rng.normal(size=(3, 200))
+        for name, mean in (("far", 1.3), ("near", 1.1), ("equal", 1.2))}})
+    names = ["avd", "far", "near", "equal"]
+    table.conditions["rows"] = {
+        name: row | {"student": name} for name, row in table.conditions["rows"].items()}
+    table.conditions["students"] = {name: {"flags": "--steps 4", "forwards": 142}
+                                    for name in names}
+    table.conditions["recipes"] = {"columns": ["saturation"],
+                                   "rows": {name: f"--{name}" for name in names}}
+    heads, usual, *others = ablation.recipes(table)
+    assert usual == ["`--avd`", "35.5", "4", "1.200", ""]
+    assert [line[-1] for line in others] == ["saturation", "nothing", "nothing"]
+
+
+def test_the_memory_to_train_is_that_of_models_gradients_and_moments():
+    lcm, avd = (ablation.training_memory(student) for student in ({"method": "lcm"}, {}))
+    assert lcm / avd == pytest.approx(24 / 32)  # bytes a parameter, as in tests/test_baselines.py
+    assert round(avd) == 45
 
 
 def test_what_a_student_starts_from_is_trained_even_if_its_own_rows_are_measured(tmp_path):
@@ -288,7 +319,9 @@ def committed():
 
 
 @pytest.mark.parametrize("file, names", [
-    ("README.md", ["results"]), ("docs/results.md", ["table", "claims", "ranks", "answers"])])
+    ("README.md", ["results"]),
+    ("docs/results.md", ["methods", "table", "claims", "ranks", "answers"]),
+    ("docs/costs.md", ["recipes"])])
 def test_the_pages_say_what_the_measurements_say(committed, file, names, tmp_path):
     text = (ablation.DOCS.parent / file).read_text(encoding="utf-8")
     assert all(text.count(f"<!-- {name} -->\n") == 1 for name in names)

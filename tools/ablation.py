@@ -8,7 +8,7 @@ A job trains one student with one seed, on one thread in its own process. Then e
 this student draws the same prompts from the same noise, and the oracle scores the videos. Each row
 and seed is one line of docs/measurements.jsonl. The command runs only the jobs that are missing
 there, so it can be stopped with Ctrl-C and started again. At the end, or with `--pages`, it writes
-docs/results.html, figures, and the generated parts of README.md and docs/results.md.
+docs/results.html, figures, and the generated parts of README.md, docs/results.md and docs/costs.md.
 """
 
 import functools
@@ -55,7 +55,7 @@ KINDS = ("mislabelled", "cut", "frozen", "noisy", "night")  # of unreliable real
 READINGS = ("x", "y", "vx", "vy", "red", "green", "blue", "size")  # of the Fréchet distance
 TIMESTEPS = [f"{t:g}" for t in adavid.AVDConfig.timesteps]
 SCORES = {"motion": "speed", "motion_open": "open_speed"}  # their names in the oracle's scores
-COUNTS = ("steps", "forwards")  # columns without decimals
+COUNTS = ("steps", "forwards", "memory")  # columns without decimals
 RELATIVE = ("motion", "motion_open", "saturation", "flicker")  # to the real data's mean
 COLUMNS = {
     "instance": "instance preservation", "prompt": "prompt accuracy", "motion": "motion",
@@ -63,6 +63,7 @@ COLUMNS = {
     **{failure: failure for failure in world.FAILURES},
     "ground": "background brightness", "diversity": "diversity", "frechet": "Fréchet distance",
     "steps": "steps", "gflops": "GFLOPs for a video", "forwards": "forwards to train",
+    "memory": "GB to train 1.3B",
     "seconds": "seconds",
     **{f"reg_std_{t}": f"spread of losses at t = {t}" for t in TIMESTEPS},
     **{f"weight_{t}": f"mean weight at t = {t}" for t in TIMESTEPS}}
@@ -76,7 +77,7 @@ class Ablation:
     """what to train and how to sample it, with which seeds"""
     docs: Path = DOCS
     """folder for measurements.jsonl, results.html and figures/; the generated parts of results.md
-    there and of README.md beside the folder are replaced, if these files exist"""
+    and costs.md there and of README.md beside the folder are replaced, if these files exist"""
     out: Path = Path("runs/ablation")
     """folder for the students"""
     quick: bool = False
@@ -427,9 +428,11 @@ class Measurements:
             return rows.issuperset(row for line in figure["lines"].values() for row in line)
 
         summary, figures = self.conditions["summary"], self.conditions.get("figures", {})
-        paper = self.conditions.get("paper")
+        paper, cheaper = self.conditions.get("paper"), self.conditions.get("recipes")
         return Measurements(self.conditions | {
-            "paper": paper if paper and rows.issuperset(paper["rows"]) else None,
+            "paper": paper if paper and rows.issuperset(
+                [*paper["rows"], *paper["methods"]]) else None,
+            "recipes": cheaper if cheaper and rows.issuperset(cheaper["rows"]) else None,
             "questions": list(filter(answered, self.conditions["questions"])),
             "claims": list(filter(tested, self.conditions["claims"])),
             "summary": summary | {"rows": [row for row in summary["rows"] if row in rows]},
@@ -445,9 +448,10 @@ class Measurements:
     def values(self, row, column):
         """`[seeds, prompts]`, NaN where a prompt says nothing about the column."""
         lines = [line | line.get("training", {}) for line in self.of_row(row)]
-        if column == "forwards":
+        if column in ("forwards", "memory"):
             student = self.conditions["students"].get(self.conditions["rows"][row].get("student"))
-            lines = [{column: student["forwards"] if student else 0} for _ in lines]
+            cost = {"forwards": lambda student: student["forwards"], "memory": training_memory}
+            lines = [{column: cost[column](student) if student else 0} for _ in lines]
         if column in lines[0]:  # one number for all prompts
             return np.array([[line[column]] * self.conditions["prompts"] for line in lines])
         return np.array([line["scores"][SCORES.get(column, column)] for line in lines],
@@ -467,6 +471,17 @@ class Measurements:
                         for v in (np.where(valid, values, 0), valid))
         means = sums[counts > 0] / counts[counts > 0]
         return (np.nanmean(values), *np.quantile(means, [0.025, 0.975]))
+
+
+def training_memory(student):
+    """Counted GB to train Wan2.1-1.3B like this, in float32 and without activations.
+
+    There are three models, gradients of one, and two moments of each model that AdamW trains.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in WanModel(PRESETS["wan-1.3b"]).parameters())
+    trained = 1 if student.get("method") == "lcm" else 2  # the others have a critic, or two experts
+    return 4 * (3 + 1 + 2 * trained) * parameters / 1e9
 
 
 @functools.cache
@@ -509,6 +524,53 @@ def ranks(measured):
     ranks = (np.argsort(np.argsort(list(scores.values()), axis=0), axis=0) + 1).tolist()
     return [["", *paper["benchmarks"], *(COLUMNS[column] for column in columns)],
             *([measured.title(row), *map(str, rank)] for row, rank in zip(scores, ranks))]
+
+
+def strengths(measured):
+    """A table: what each method does best and worst here, how its videos fail, and what it costs.
+
+    Methods are ranked as in `ranks`, among themselves.
+    """
+    paper, methods = measured.conditions["paper"], measured.conditions["paper"]["methods"]
+    gaps = {column: [abs(measured.interval(column, row)[0] - measured.interval(column, "real")[0])
+                     for row in methods] for column in paper["strengths"]}
+    lines = [["", "first or second in", "last or second to last in", "most frequent failure", *(
+        COLUMNS[column] for column in paper["costs"])]]
+    for i, row in enumerate(methods):
+        ahead = {column: sum(gap < of_all[i] for gap in of_all) for column, of_all in gaps.items()}
+        good, bad = ([COLUMNS[column] for column, rank in ahead.items() if rank in ranks] for ranks
+                     in (range(2), range(len(methods) - 2, len(methods))))
+        failures = {failure: measured.interval(failure, row)[0] for failure in world.FAILURES}
+        failure = max(failures, key=failures.get)
+        lines.append([measured.title(row), ", ".join(good) or "–", ", ".join(bad) or "–",
+                      f"{failure}, {failures[failure]:.1%}", *(
+            said(*measured.interval(column, row), digits=0 if column in COUNTS else 3)
+            for column in paper["costs"])])
+    return lines
+
+
+def recipes(measured):
+    """A table: what the cycles of cheaper recipes cost, and how their students differ from AVD's.
+
+    A reading is worse if it is measurably farther from that of real videos.
+    """
+    rows, columns = (measured.conditions["recipes"][name] for name in ("rows", "columns"))
+    lines = [["recipe", "forwards in a cycle", "cycles", *(COLUMNS[column] for column in columns),
+              "measurably worse in"]]
+    first = next(iter(rows))
+    for row, flags in rows.items():
+        student = measured.conditions["students"][measured.conditions["rows"][row]["student"]]
+        cycles, cells, worse = int(re.search(r"--steps (\d+)", student["flags"])[1]), [], []
+        for column in columns:
+            mean, low, high = measured.interval(column, row, first)
+            cells.append(said(*measured.interval(column, row)) if row == first else
+                         said(mean, low, high, "+"))
+            usual, real = (measured.interval(column, name)[0] for name in (first, "real"))
+            if (high < 0) if usual < real else (low > 0):
+                worse.append(COLUMNS[column])
+        lines.append([f"`{flags}`", f"{student['forwards'] / cycles:.1f}", str(cycles), *cells,
+                      "" if row == first else ", ".join(worse) or "nothing"])
+    return lines
 
 
 def told(measured, text):
@@ -556,7 +618,7 @@ def verdicts(measured):
 
 
 def write_pages(args, measured):
-    for file in (args.docs.parent / "README.md", args.docs / "results.md"):
+    for file in (args.docs.parent / "README.md", args.docs / "results.md", args.docs / "costs.md"):
         if file.is_file():
             page.fill(file, blocks(measured))
     conditions = measured.conditions
@@ -593,7 +655,7 @@ data's.</p>
 
 
 def blocks(measured):
-    """The generated parts of README.md and docs/results.md, by name."""
+    """The generated parts of README.md, docs/results.md and docs/costs.md, by name."""
     questions, claims = measured.conditions["questions"], verdicts(measured)
     paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
@@ -602,7 +664,9 @@ def blocks(measured):
     return {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),
+        "methods": page.markdown(strengths(measured)) if paper else "",
         "ranks": page.markdown(ranks(measured)) if paper else "",
+        "recipes": page.markdown(recipes(measured)) if measured.conditions.get("recipes") else "",
         "claims": page.markdown(claims),
         "answers": "\n".join(f"- **{question['asks']}** {told(measured, question['answer'])}"
                              for question in questions)}
