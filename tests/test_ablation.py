@@ -260,8 +260,8 @@ def test_a_cheaper_recipe_is_worse_where_it_is_measurably_farther_from_real_vide
     rng = np.random.default_rng(0)
     table = measured(tmp_path, {"real": np.ones((3, 200)), "avd": np.full((3, 200), 1.2), **{
         name: mean + 0.01 * rng.normal(size=(3, 200))
-        for name, mean in (("far", 1.3), ("near", 1.1), ("equal", 1.2))}})
-    names = ["avd", "far", "near", "equal"]
+        for name, mean in (("far", 1.3), ("near", 1.1), ("beyond", 0.7), ("equal", 1.2))}})
+    names = ["avd", "far", "near", "beyond", "equal"]
     table.conditions["rows"] = {
         name: row | {"student": name} for name, row in table.conditions["rows"].items()}
     table.conditions["students"] = {name: {"flags": "--steps 4", "forwards": 142}
@@ -270,7 +270,8 @@ def test_a_cheaper_recipe_is_worse_where_it_is_measurably_farther_from_real_vide
                                    "rows": {name: f"--{name}" for name in names}}
     heads, usual, *others = ablation.recipes(table)
     assert usual == ["`--avd`", "35.5", "4", "1.200", ""]
-    assert [line[-1] for line in others] == ["saturation", "nothing", "nothing"]
+    assert [line[-1] for line in others] == [
+        "saturation", "nothing", "saturation", "nothing"]
 
 
 def test_the_memory_to_train_is_that_of_models_gradients_and_moments():
@@ -320,7 +321,7 @@ def committed():
 
 @pytest.mark.parametrize("file, names", [
     ("README.md", ["results"]),
-    ("docs/results.md", ["methods", "table", "claims", "ranks", "answers"]),
+    ("docs/results.md", ["methods", "table", "claims", "ranks", "answers", "weights"]),
     ("docs/costs.md", ["recipes"])])
 def test_the_pages_say_what_the_measurements_say(committed, file, names, tmp_path):
     text = (ablation.DOCS.parent / file).read_text(encoding="utf-8")
@@ -329,6 +330,42 @@ def test_the_pages_say_what_the_measurements_say(committed, file, names, tmp_pat
     copy.write_text(text, encoding="utf-8")
     page.fill(copy, ablation.blocks(committed.finished()))
     assert copy.read_text(encoding="utf-8") == text
+
+
+def test_what_results_md_says_in_words_follows_from_the_measurements(committed):
+    def order(column):
+        real = committed.interval(column, "real")[0]
+        return sorted(committed.conditions["paper"]["methods"],
+                      key=lambda row: abs(committed.interval(column, row)[0] - real))
+
+    def sign(column, row, other):
+        """Of a measurable difference, or 0."""
+        _, low, high = committed.interval(column, row, other)
+        return int(low > 0) - int(high < 0)
+
+    for column in ("instance", "saturation"):
+        assert order(column)[:2] == ["lcm", "avd"]
+    assert {*order("saturation")[-2:]} == {"dmd", "dfd"}
+    assert sign("instance", "lcm-60", "lcm") == 0
+    assert sign("saturation", "avd-full", "avd") == sign("saturation", "cheap-half", "avd") == 1
+    for column in ("instance", "motion_open", "saturation"):
+        assert abs(committed.interval(column, "plain-mean", "avd")[0]) < 0.02
+    for row, other in (("avd-full", "dmd"), ("dfd-avd", "dfd")):
+        assert sign("instance", row, other) == 1 and sign("flicker", row, other) == -1
+    assert sign("instance", "dcm-plain", "dmd") == 0
+    spread = {row: committed.values(row, "instance").mean(1).std() for row in order("instance")}
+    assert sorted(spread, key=spread.get)[-2:] == ["rcm", "dcm"]
+    assert all(committed.interval("instance", row)[0] > 0.9
+               for row in order("instance") if row != "dcm")
+
+
+def test_costs_md_names_the_cheapest_recipe_that_is_not_worse(committed):
+    _, _, *cheaper = ablation.recipes(committed)
+    flags, _, cycles, *_ = min((line for line in cheaper if line[-1] == "nothing"),
+                               key=lambda line: float(line[1]))
+    text = (ablation.DOCS / "costs.md").read_text(encoding="utf-8")
+    assert f"\npython train.py distill {flags.strip('`')} --steps {cycles} --out" in text
+    assert [line[-1] for line in cheaper] == 3 * ["nothing"] + ["saturation, flicker"]
 
 
 def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops(committed):

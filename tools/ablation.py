@@ -566,11 +566,22 @@ def recipes(measured):
             cells.append(said(*measured.interval(column, row)) if row == first else
                          said(mean, low, high, "+"))
             usual, real = (measured.interval(column, name)[0] for name in (first, "real"))
-            if (high < 0) if usual < real else (low > 0):
+            if not low <= 0 <= high and abs(usual + mean - real) > abs(usual - real):
                 worse.append(COLUMNS[column])
         lines.append([f"`{flags}`", f"{student['forwards'] / cycles:.1f}", str(cycles), *cells,
                       "" if row == first else ", ".join(worse) or "nothing"])
     return lines
+
+
+def kinds(measured, row):
+    """A table: the mean weight that a row's finished students give to each kind of real videos at
+    each step, and its correlations; an empty one if none has been measured."""
+    weights = [line["weights"] for (name, _), line in measured.lines.items()
+               if name == row and "weights" in line]
+    title = measured.conditions["rows"].get(row, {}).get("title", "")
+    return [[title, *(f"t = {t}" for t in TIMESTEPS)], *(
+        [kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
+        for kind in sorted(weights[0] if weights else (), key=lambda kind: "correlation" in kind))]
 
 
 def told(measured, text):
@@ -630,14 +641,6 @@ def write_pages(args, measured):
     _, prompts = world.make(conditions["prompt_seed"] + first, range(conditions["prompts"]))
     videos = {row: line["videos"] for (row, seed), line in measured.lines.items()
               if seed == first and "videos" in line}
-    kinds = ""
-    for row in ("avd", "mixed"):
-        weights = [line["weights"] for (name, _), line in measured.lines.items() if name == row]
-        if not weights:
-            continue
-        kinds += page.table([[measured.title(row), *(f"t = {t}" for t in TIMESTEPS)], *(
-            [kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
-            for kind in weights[0])])
     page.write(args.docs / "results.html", "The ablation in the toy world", f"""
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are multiples of the real
@@ -651,7 +654,7 @@ data's.</p>
          for figure in conditions.get("figures", {}).values())}
 {"".join(section(measured, question) for question in others)}
 <h2>Which weights do finished students give to each kind of real videos?</h2>
-{kinds}""")
+{"".join(page.table(kinds(measured, row)) for row in ("avd", "mixed"))}""")
 
 
 def blocks(measured):
@@ -668,6 +671,7 @@ def blocks(measured):
         "ranks": page.markdown(ranks(measured)) if paper else "",
         "recipes": page.markdown(recipes(measured)) if measured.conditions.get("recipes") else "",
         "claims": page.markdown(claims),
+        "weights": page.markdown(kinds(measured, "avd")),
         "answers": "\n".join(f"- **{question['asks']}** {told(measured, question['answer'])}"
                              for question in questions)}
 
