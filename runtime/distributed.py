@@ -38,9 +38,17 @@ def init_distributed(device_name):
                                 world_size=ranks)
     elif device.type == "cuda":  # a group of one, as it is FSDP that computes in bfloat16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # Otherwise the group's threads may still run when Python ends, which can abort the process.
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    atexit.register(leave)
     return device
+
+
+def leave():
+    """Leave the process group, before Python ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # Gloo's threads may still be freeing the last collective's tensors, for which they need
+        # Python's lock. One that asks for it after Python has ended aborts the process.
+        time.sleep(0.5)
 
 
 def restart_count():

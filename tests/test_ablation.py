@@ -233,11 +233,13 @@ def test_intervals_cover_seeds_as_well_as_prompts_and_differences_are_paired(tmp
 
     up = {"row": "b", "against": "a", "sign": 1}
     down = {"row": "b", "against": "a", "sign": -1}
-    assert says(up)[0] == "reproduced" and says(down)[0] == "not reproduced"
+    assert says(up)[0] == "reproduced" and says(down)[0] == "contradicted"
+    assert says(up | {"row": "a"})[0] == says(down | {"row": "a"})[0] == "not reproduced"
     verdict, shown = says(down, up | {"when": "turned"})
     assert verdict == "reproduced when turned" and shown.count("saturation, b − a: +0.02") == 2
     assert says(up | {"sign": 0, "margin": 0.03})[0] == "reproduced"
-    assert says(up | {"sign": 0, "margin": 0.01})[0] == "not reproduced"
+    assert says(up | {"sign": 0, "margin": 0.02})[0] == "not decided"
+    assert says(up | {"sign": 0, "margin": 0.01})[0] == "contradicted"
     told = ablation.told(table, "{saturation b a}, {saturation a b}, {saturation a a}")
     assert re.findall("rises|falls|does not change", told) == ["rises", "falls", "does not change"]
 

@@ -604,21 +604,26 @@ def told(measured, text):
 def verdicts(measured):
     """A table: each claim, its verdict, and the tests behind the verdict.
 
-    The first test that holds decides, and all tests up to it are listed. A sign of 0 claims that
-    the rows differ by no more than `margin`.
+    The first test that holds decides, and all tests up to it are listed. If none holds, the paper's
+    own decides, which is the first. A sign of 0 claims that the rows differ by at most `margin`.
     """
     lines = [["claim", "here", "differences, with 95% intervals"]]
     for claim in measured.conditions["claims"]:
-        verdict, shown = "not reproduced", []
+        verdict, shown = None, []
         for test in claim["tests"]:
             rows = test["row"], test["against"]
             mean, low, high = measured.interval(test["column"], *rows)
             shown.append(f"{COLUMNS[test['column']]}, {measured.title(*rows)}: "
                          f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-            holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= test.get("margin", 0)}
+            margin = test.get("margin", 0)
+            holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= margin}
+            refuted = {1: high < 0, -1: low > 0, 0: max(low, -high) > margin}
             if holds[test["sign"]]:
                 verdict = f"reproduced when {test['when']}" if "when" in test else "reproduced"
                 break
+            if verdict is None:  # of the paper's own test
+                verdict = ("contradicted" if refuted[test["sign"]] else
+                           "not reproduced" if test["sign"] else "not decided")
         lines.append([claim["says"], verdict, "; ".join(shown)])
     return lines
 
@@ -663,7 +668,8 @@ def blocks(measured):
     paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
     for says, verdict, _ in claims[1:]:
-        summary += f"\n- {says}: {verdict.replace('not reproduced', '**not reproduced**')}."
+        mark = "" if verdict.startswith("reproduced") else "**"
+        summary += f"\n- {says}: {mark}{verdict}{mark}."
     return {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),
