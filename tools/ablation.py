@@ -644,8 +644,8 @@ def write_pages(args, measured):
         draw_lines(measured, **figure).savefig(args.docs / "figures" / f"{name}.png", dpi=110)
     first = conditions["seeds"][0]
     _, prompts = world.make(conditions["prompt_seed"] + first, range(conditions["prompts"]))
-    videos = {row: line["videos"] for (row, seed), line in measured.lines.items()
-              if seed == first and "videos" in line}
+    videos = {row: line["videos"] for row in conditions["rows"]
+              if "videos" in (line := measured.lines.get((row, first), {}))}
     page.write(args.docs / "results.html", "The ablation in the toy world", f"""
 <p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
 {conditions["prompts"]} prompts. Motion, saturation and flicker are multiples of the real

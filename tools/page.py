@@ -38,7 +38,9 @@ th, td { padding: .35rem .4rem; vertical-align: top; text-align: left; font-weig
 .numbers :is(td, thead th + th) { text-align: right; font-variant-numeric: tabular-nums }
 .numbers td { white-space: nowrap }
 .numbers tbody th { min-width: 8rem }
-.videos { max-width: 60rem; table-layout: fixed }
+.videos { max-width: 60rem }
+.videos td { min-width: 5rem }
+.videos tbody th { min-width: 8rem }
 .videos thead th { white-space: pre-line }
 .videos img { display: block; width: 100%; image-rendering: pixelated }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)) }
