@@ -18,7 +18,7 @@ Training repeats this cycle:
     x0 = the student's video, from noise, up to a random one of its steps      backward_simulation
     L = L_KL(x0) + lambda_reg w L_reg(a real video) + lambda_temp L_temp(x0)        student_losses
     update the student by L, and the running means that the weights w come from    LossMeanCache
-    5 times: update the critic on new videos of the student                           critic_loss
+    5 times: update the critic on videos of the student, first on x0                  critic_loss
 
 Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` holds the
 prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: None for
@@ -31,7 +31,6 @@ Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867
 import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,8 +44,6 @@ import kernels
 # ---------------------------------------------------------------------------------------------
 # Configuration: every number of the method, at the paper's value for Wan2.1
 # ---------------------------------------------------------------------------------------------
-
-TINY, HUGE = 1e-30, 1e30  # the least number above zero, and the largest, that a number may be
 
 
 @dataclass(frozen=True)
@@ -90,36 +87,8 @@ class AVDConfig:
     grad_clip: float = 10.0
     """gradients are clipped to this norm, the student's and the critic's separately"""
 
-    limits: ClassVar = {  # the least and the largest value; both int for whole numbers
-        "timesteps": (TINY, 1000.0), "strides": (1, 1024), "train_strides": (1, 1024),
-        "guidance_scale": (-HUGE, HUGE), "shift": (TINY, HUGE), "t_range": (TINY, 1000.0),
-        "lambda_reg": (0.0, HUGE), "k": (0.0, HUGE), "ema_decay": (0.0, 1.0),
-        "lambda_temp": (0.0, HUGE), "temporal_eps": (TINY, HUGE),
-        "temporal_truncation": (-HUGE, HUGE), "critic_updates": (0, 1000), "lr": (0.0, HUGE),
-        "critic_lr": (0.0, HUGE), "betas": (0.0, 1 - 1e-9), "weight_decay": (0.0, HUGE),
-        "grad_clip": (TINY, HUGE)}
-
     def __post_init__(self):
-        for name, (low, high) in self.limits.items():
-            value, usual = getattr(self, name), getattr(type(self), name)
-            if (type(value) is tuple) != (type(usual) is tuple) or not all(
-                    isinstance(number, (type(low), int)) and low <= number <= high
-                    for number in (value if type(value) is tuple else (value,))):
-                raise ValueError(f"{name} {value!r} must be like {usual}, from {low:g} to {high:g}")
-        if not self.timesteps or any(a <= b for a, b in pairwise(self.timesteps)):
-            raise ValueError(f"timesteps {self.timesteps} must decrease")
-        for name in ("t_range", "betas"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name} {getattr(self, name)} must be two numbers")
-        if self.t_range[0] > self.t_range[1]:
-            raise ValueError(f"t_range {self.t_range} must not decrease")
-        for name in ("strides", "train_strides"):
-            strides = getattr(self, name)
-            if len(strides) != len(self.timesteps):
-                raise ValueError(f"{name} {strides}: there must be one stride for each of the "
-                                 f"{len(self.timesteps)} timesteps {self.timesteps}")
-            if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
-                raise ValueError(f"{name} {strides} must be powers of two that never increase")
+        check(self, LIMITS)  # at the end of this file
 
     def to_json(self):
         """All numbers in a string, which is stored in the metadata of weights."""
@@ -220,9 +189,9 @@ def dmd_gradient(x0, x0_fake, x0_real):
     teacher never has to sample. Moving against g leads away from what the student already generates
     and towards what the teacher would generate.
 
-    The normaliser makes gradients comparable between timesteps: at high noise predictions lie far
-    from `x0`. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and inf pass through, so
-    that the caller can skip the update.
+    The normaliser makes gradients comparable between timesteps: at high noise, predictions lie far
+    from `x0` and from each other. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and
+    inf pass through, so that the caller can skip the update.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -230,7 +199,7 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
 
 def dmd_loss(x0, gradient):
-    """A loss whose gradient with respect to `x0` is `gradient / x0.numel()`.
+    """A scalar for autograd, whose gradient with respect to `x0` is `gradient / x0.numel()`.
 
     Its value is half the mean square of `gradient`: by how much critic and teacher disagree. It is
     not the KL divergence. Float32, because bfloat16 rounds `x0 - gradient` to `x0`.
@@ -273,7 +242,8 @@ def regression_loss(student, real, text, step, config, stride=1, generator=None)
 def random_regression_steps(x0, step, strides, generator=None):
     """A random step `[b]` for each real video, among the steps with the same stride as `step`.
 
-    The batch thus has one length. If `step` is uniform over all steps, so is each result.
+    The batch thus has one length. With the default `train_strides` these are all steps. If `step`
+    is uniform over all steps, so is each result.
     """
     candidates = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
                               device=x0.device)
@@ -399,7 +369,8 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
     """The student's video `b c f h w` as step number `step` predicts it, starting from pure noise.
 
-    The student thus trains on its own predictions, as in sampling, though at `train_strides`.
+    The student thus trains on its own predictions, as in sampling, though at `train_strides`. Each
+    step, also the first, learns to predict a video of the teacher's distribution, not an average.
     Gradients flow through this step only, and through the interpolator if it follows the step.
     """
     return few_steps(student, noise, text, config.timesteps[:step + 1],
@@ -552,3 +523,43 @@ def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, 
     else:
         raise ValueError(f"solver {solver!r} is unknown; choose 'euler' or 'unipc'")
     return x.to(noise.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a configuration may hold
+# ---------------------------------------------------------------------------------------------
+
+TINY, HUGE = 1e-30, 1e30  # the least number above zero, and the largest, that a number may be
+
+LIMITS = {  # the least and the largest value of each number; both int for whole numbers
+    "timesteps": (TINY, 1000.0), "strides": (1, 1024), "train_strides": (1, 1024),
+    "guidance_scale": (-HUGE, HUGE), "shift": (TINY, HUGE), "t_range": (TINY, 1000.0),
+    "lambda_reg": (0.0, HUGE), "k": (0.0, HUGE), "ema_decay": (0.0, 1.0),
+    "lambda_temp": (0.0, HUGE), "temporal_eps": (TINY, HUGE),
+    "temporal_truncation": (-HUGE, HUGE), "critic_updates": (0, 1000), "lr": (0.0, HUGE),
+    "critic_lr": (0.0, HUGE), "betas": (0.0, 1 - 1e-9), "weight_decay": (0.0, HUGE),
+    "grad_clip": (TINY, HUGE)}
+
+
+def check(config, limits):
+    """ValueError for numbers that no run could use."""
+    for name, (low, high) in limits.items():
+        value, usual = getattr(config, name), getattr(type(config), name)
+        if (type(value) is tuple) != (type(usual) is tuple) or not all(
+                isinstance(number, (type(low), int)) and low <= number <= high
+                for number in (value if type(value) is tuple else (value,))):
+            raise ValueError(f"{name} {value!r} must be like {usual}, from {low:g} to {high:g}")
+    if not config.timesteps or any(a <= b for a, b in pairwise(config.timesteps)):
+        raise ValueError(f"timesteps {config.timesteps} must decrease")
+    for name in ("t_range", "betas"):
+        if len(getattr(config, name)) != 2:
+            raise ValueError(f"{name} {getattr(config, name)} must be two numbers")
+    if config.t_range[0] > config.t_range[1]:
+        raise ValueError(f"t_range {config.t_range} must not decrease")
+    for name in ("strides", "train_strides"):
+        strides = getattr(config, name)
+        if len(strides) != len(config.timesteps):
+            raise ValueError(f"{name} {strides}: there must be one stride for each of the "
+                             f"{len(config.timesteps)} timesteps {config.timesteps}")
+        if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
+            raise ValueError(f"{name} {strides} must be powers of two that never increase")

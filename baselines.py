@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 import adavid
 import kernels
-from adavid import HUGE, TINY, AVDConfig
+from adavid import HUGE, TINY, AVDConfig, check
 from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
@@ -88,19 +88,20 @@ class BaselineConfig(AVDConfig):
     share: float = 0.5
     """DFD: share of the samples for which the teacher looks at a real video"""
 
-    limits: ClassVar = AVDConfig.limits | {
-        "grid": (2, 10_000), "huber": (1e-15, HUGE), "target_ema": (0.0, 1.0), "split": (1, 9999),
-        "lag": (1, 1024), "adversarial_weight": (0.0, HUGE), "feature_weight": (0.0, HUGE),
-        "heads_width": (32, 2**14), "tangent_step": (TINY, 1.0), "consistency_weight": (0.0, HUGE),
-        "discrete_weight": (0.0, HUGE), "time_mean": (-99.0, 99.0), "time_std": (0.0, 99.0),
-        "share": (0.0, 1.0)}
-
     def __post_init__(self):
         super().__post_init__()
+        check(self, LIMITS)
         if self.split >= self.grid or self.heads_width % 32:
             raise ValueError(f"split {self.split} must be less than grid {self.grid}, and "
                              f"heads_width {self.heads_width} a multiple of 32")
 
+
+LIMITS = {
+    "grid": (2, 10_000), "huber": (1e-15, HUGE), "target_ema": (0.0, 1.0), "split": (1, 9999),
+    "lag": (1, 1024), "adversarial_weight": (0.0, HUGE), "feature_weight": (0.0, HUGE),
+    "heads_width": (32, 2**14), "tangent_step": (TINY, 1.0), "consistency_weight": (0.0, HUGE),
+    "discrete_weight": (0.0, HUGE), "time_mean": (-99.0, 99.0), "time_std": (0.0, 99.0),
+    "share": (0.0, 1.0)}
 
 NUMBERS = {  # of Wan2.1-1.3B
     "lcm": {"timesteps": (1000, 963.3, 914.0, 833.3, 720.3, 523.3), "lr": 1e-6, "grad_clip": 1.0},

@@ -44,7 +44,8 @@ def descend(model, optimizer, config):
 
 def distil(model=WEIGHTS, cycles=30, batch_size=16):
     """Train a student. Each cycle has one update of the student, then several of the critic."""
-    config, interpolator = load_config(model), load_interpolator(model, "cpu")
+    config = load_config(model)  # the toy's numbers: another scale of latents, faster learning
+    interpolator = load_interpolator(model, "cpu")  # acts only where a train_stride is not 1
     teacher, student, critic = (WanModel.from_pretrained(model, torch.float32) for _ in range(3))
     teacher.requires_grad_(False)
     student_optimizer, critic_optimizer = (
@@ -67,7 +68,7 @@ def distil(model=WEIGHTS, cycles=30, batch_size=16):
 
         x0 = values["x0"]  # the critic learns from these videos first, then from new ones
         for number in range(first, first + config.critic_updates):
-            if number > first:
+            if number > first:  # of these real videos, only the shape and the prompts are used
                 real, text, step, generators = load_batch(config, number, batch_size)
                 noise = adavid.draw(torch.randn, real.shape, real, generators)
                 with torch.no_grad():

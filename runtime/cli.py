@@ -13,11 +13,12 @@ import torch
 import tyro
 from safetensors import SafetensorError
 
-from adavid import HUGE, TINY, AVDConfig
+import adavid
+from adavid import HUGE, TINY
 
 OF_EXTRA = {"diffusers", "transformers", "ftfy", "peft"}  # installed by the extra [wan]
 MOST = 2**31 - 1
-LIMITS = AVDConfig.limits | {  # the least and the largest value of each flag that is a number
+LIMITS = adavid.LIMITS | {  # the least and the largest value of each flag that is a number
     "steps": (1, MOST), "batch_size": (1, 2**16), "accumulate": (1, 2**16), "seed": (0, 2**32 - 1),
     "save_every": (1, MOST), "sample_every": (1, MOST), "keep": (2, MOST), "keep_every": (1, MOST),
     "score_prompts": (1, 2**20), "lora": (0, 2**12), "lora_rank": (1, 2**12),

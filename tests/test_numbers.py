@@ -7,6 +7,8 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
+import adavid
+import baselines
 import sample
 import train
 from adavid import AVDConfig
@@ -40,8 +42,8 @@ def numbers(program):
 def test_every_number_has_limits():
     missing = {name for program in PROGRAMS for name in numbers(program)} - cli.LIMITS.keys()
     assert not missing
-    for config in (AVDConfig, BaselineConfig):
-        assert config.limits.keys() == set(numbers(config))
+    assert adavid.LIMITS.keys() == set(numbers(AVDConfig))
+    assert (adavid.LIMITS | baselines.LIMITS).keys() == set(numbers(BaselineConfig))
 
 
 def random_flags(rng):

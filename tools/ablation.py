@@ -614,7 +614,7 @@ def verdicts(measured):
             rows = test["row"], test["against"]
             mean, low, high = measured.interval(test["column"], *rows)
             shown.append(f"{COLUMNS[test['column']]}, {measured.title(*rows)}: "
-                         f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+                         f"{mean:+.3f}, interval {low:+.3f} to {high:+.3f}")
             margin = test.get("margin", 0)
             holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= margin}
             refuted = {1: high < 0, -1: low > 0, 0: max(low, -high) > margin}
@@ -667,9 +667,11 @@ def blocks(measured):
     questions, claims = measured.conditions["questions"], verdicts(measured)
     paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
-    for says, verdict, _ in claims[1:]:
-        mark = "" if verdict.startswith("reproduced") else "**"
-        summary += f"\n- {says}: {mark}{verdict}{mark}."
+    for says, verdict, differences in claims[1:]:
+        reproduced = verdict.startswith("reproduced")
+        mark, decisive = ("", -1) if reproduced else ("**", 0)
+        difference = differences.split("; ")[decisive]
+        summary += f"\n- {says}: {mark}{verdict}{mark} ({difference})."
     return {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),

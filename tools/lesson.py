@@ -52,7 +52,8 @@ def run(args):
     for name in tqdm(args.only or PICTURES, unit="picture"):
         torch.manual_seed(0)
         picture = PICTURES[name]()
-        file = FIGURES / (f"{name}.png" if picture.axes[0].images else f"{name}.svg")
+        pixels = any(axes.images for axes in picture.axes)
+        file = FIGURES / f"{name}.{'png' if pixels else 'svg'}"
         picture.savefig(file, dpi=110, transparent=True, bbox_inches="tight",
                         metadata={"Date": None} if file.suffix == ".svg" else None)
     page.fill(PAGE, quotes(PAGE.read_text(encoding="utf-8")))
@@ -144,8 +145,8 @@ def strips(rows, titles, columns=(), width=9.0):
 @torch.no_grad()
 def noise():
     """A real video at rising noise, and what the teacher predicts from it."""
-    (real, prompts, noise), teacher, codec = toy(4), load(), ToyCodec()
-    sigmas, which = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0), 3
+    (real, prompts, noise), teacher, codec = toy(9), load(), ToyCodec()
+    sigmas, which = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0), 8
     x0, text = codec.encode(real[which:which + 1]), codec.encode_text(prompts[which:which + 1])
     noisy, clean = [], []
     for sigma in sigmas:
