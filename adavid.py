@@ -209,7 +209,7 @@ def dmd_loss(x0, gradient):
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`, a scalar. Its gradient is eq. 4's, over x0's elements."""
+    """L_KL of the student's videos `x0`, a scalar, with eq. 4's gradient over x0.numel()."""
     with torch.no_grad():
         t = random_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
@@ -384,7 +384,7 @@ def backward_simulation(student, noise, text, step, config, interpolator=None, g
 
 def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
                    interpolator=None, generator=None):
-    """Yield the loss of one batch in two terms (one without L_reg), each with detached values.
+    """Yield the loss of one batch in two terms (one if lambda_reg is 0), each with detached values.
 
     Call backward on each term as it comes: then only one term's activations are in memory.
     real: real videos `[b, c, f, h, w]`, of which `text` describes each.

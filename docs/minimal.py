@@ -44,7 +44,7 @@ def descend(model, optimizer, config):
 
 def distil(model=WEIGHTS, cycles=30, batch_size=16):
     """Train a student. Each cycle has one update of the student, then several of the critic."""
-    config = load_config(model)  # the toy's numbers: another scale of latents, faster learning
+    config = load_config(model)  # the toy's numbers: section 10 of method.md lists them
     interpolator = load_interpolator(model, "cpu")  # acts only where a train_stride is not 1
     teacher, student, critic = (WanModel.from_pretrained(model, torch.float32) for _ in range(3))
     teacher.requires_grad_(False)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import adavid
+from adavid import AVDConfig
 from tests.helpers import ROOT, complaint
+from tiny_wan import WEIGHTS
 from tools import gallery, lesson, page
 
 FAST = ("noise", "gate", "half_rate", "cycle")
@@ -22,6 +24,16 @@ def test_the_lesson_quotes_the_code_as_it_is(tmp_path):
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         whole = (ROOT / "adavid.py").read_text(encoding="utf-8")
         assert all(line.strip() in whole for line in code.splitlines())
+
+
+def test_the_lesson_lists_the_numbers_in_which_the_toy_differs_from_the_paper():
+    text = lesson.PAGE.read_text(encoding="utf-8")
+    toy, paper = lesson.load_config(WEIGHTS), AVDConfig()
+    changed = {name for name in vars(paper) if getattr(toy, name) != getattr(paper, name)}
+    assert changed == {"guidance_scale", "lr", "critic_lr", "betas", "temporal_truncation"}
+    assert (f"guidance {toy.guidance_scale:g}, learning rates of {toy.lr:g} (student) and "
+            f"{toy.critic_lr:g} (critic), AdamW's betas {toy.betas[0]:g} and {toy.betas[1]:g}, and "
+            f"{toy.temporal_truncation:g} as the level of the gate") in text
 
 
 def test_every_picture_of_the_lesson_is_shown_and_none_is_left_over():
