@@ -389,7 +389,8 @@ def student_losses(student, teacher, critic, cache, real, text, null_text, step,
     Call backward on each term as it comes: then only one term's activations are in memory.
     real: real videos `[b, c, f, h, w]`, of which `text` describes each.
     step: index of the step at which the student's rollout ends, where L_KL and L_temp train it; the
-        same for the whole batch and on every rank. L_reg draws steps of its own for each video.
+        same for the whole batch and on every rank, so that all take equally many forwards. L_reg
+        draws steps of its own for each video.
     cache: the LossMeanCache, which is only read here. After the optimizer's step, unless it was
         skipped, call `cache.update` with the values `reg_step` and `reg` of all batches.
     """
