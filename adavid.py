@@ -88,7 +88,7 @@ class AVDConfig:
     """gradients are clipped to this norm, the student's and the critic's separately"""
 
     def __post_init__(self):
-        check(self, LIMITS)  # at the end of this file
+        check(self)  # at the end of this file
 
     def to_json(self):
         """All numbers in a string, which is stored in the metadata of weights."""
@@ -191,7 +191,7 @@ def dmd_gradient(x0, x0_fake, x0_real):
 
     The normaliser makes gradients comparable between timesteps: at high noise, predictions lie far
     from `x0` and from each other. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and
-    inf pass through, so that the caller can skip the update.
+    inf pass through, so that the caller can report them and skip the update.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -209,7 +209,7 @@ def dmd_loss(x0, gradient):
 
 
 def distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
-    """L_KL of the student's videos `x0`, a scalar, with eq. 4's gradient over x0.numel()."""
+    """L_KL of the videos `x0`, a scalar. Its gradient is eq. 4's, divided by x0.numel()."""
     with torch.no_grad():
         t = random_timesteps(x0, config, generator)
         x_t = add_noise(x0, draw(torch.randn, x0.shape, x0, generator), t)
@@ -542,14 +542,19 @@ LIMITS = {  # the least and the largest value of each number; both int for whole
     "grad_clip": (TINY, HUGE)}
 
 
-def check(config, limits):
-    """ValueError for numbers that no run could use."""
+def check_limits(config, limits):
+    """ValueError for a number of another type, or outside its limits."""
     for name, (low, high) in limits.items():
         value, usual = getattr(config, name), getattr(type(config), name)
         if (type(value) is tuple) != (type(usual) is tuple) or not all(
                 isinstance(number, (type(low), int)) and low <= number <= high
                 for number in (value if type(value) is tuple else (value,))):
             raise ValueError(f"{name} {value!r} must be like {usual}, from {low:g} to {high:g}")
+
+
+def check(config):
+    """ValueError for numbers that no run could use."""
+    check_limits(config, LIMITS)
     if not config.timesteps or any(a <= b for a, b in pairwise(config.timesteps)):
         raise ValueError(f"timesteps {config.timesteps} must decrease")
     for name in ("t_range", "betas"):

@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 import adavid
 import kernels
-from adavid import HUGE, TINY, AVDConfig, check
+from adavid import HUGE, TINY, AVDConfig, check_limits
 from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
@@ -90,7 +90,7 @@ class BaselineConfig(AVDConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, LIMITS)
+        check_limits(self, LIMITS)
         if self.split >= self.grid or self.heads_width % 32:
             raise ValueError(f"split {self.split} must be less than grid {self.grid}, and "
                              f"heads_width {self.heads_width} a multiple of 32")

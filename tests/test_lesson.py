@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import adavid
-from adavid import AVDConfig
 from tests.helpers import ROOT, complaint
 from tiny_wan import WEIGHTS
 from tools import gallery, lesson, page
@@ -28,7 +27,7 @@ def test_the_lesson_quotes_the_code_as_it_is(tmp_path):
 
 def test_the_lesson_lists_the_numbers_in_which_the_toy_differs_from_the_paper():
     text = lesson.PAGE.read_text(encoding="utf-8")
-    toy, paper = lesson.load_config(WEIGHTS), AVDConfig()
+    toy, paper = lesson.load_config(WEIGHTS), adavid.AVDConfig()
     changed = {name for name in vars(paper) if getattr(toy, name) != getattr(paper, name)}
     assert changed == {"guidance_scale", "lr", "critic_lr", "betas", "temporal_truncation"}
     assert (f"guidance {toy.guidance_scale:g}, learning rates of {toy.lr:g} (student) and "

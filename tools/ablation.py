@@ -605,7 +605,8 @@ def verdicts(measured):
     """A table: each claim, its verdict, and the tests behind the verdict.
 
     The first test that holds decides, and all tests up to it are listed. If none holds, the paper's
-    own decides, which is the first. A sign of 0 claims that the rows differ by at most `margin`.
+    own decides, which is the first of the claim. The deciding test is listed first. A sign of 0
+    claims that the rows differ by at most `margin`.
     """
     lines = [["claim", "here", "differences, with 95% intervals"]]
     for claim in measured.conditions["claims"]:
@@ -619,6 +620,7 @@ def verdicts(measured):
             holds = {1: low > 0, -1: high < 0, 0: max(-low, high) <= margin}
             refuted = {1: high < 0, -1: low > 0, 0: max(low, -high) > margin}
             if holds[test["sign"]]:
+                shown.insert(0, shown.pop())
                 verdict = f"reproduced when {test['when']}" if "when" in test else "reproduced"
                 break
             if verdict is None:  # of the paper's own test
@@ -668,10 +670,8 @@ def blocks(measured):
     paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
     for says, verdict, differences in claims[1:]:
-        reproduced = verdict.startswith("reproduced")
-        mark, decisive = ("", -1) if reproduced else ("**", 0)
-        difference = differences.split("; ")[decisive]
-        summary += f"\n- {says}: {mark}{verdict}{mark} ({difference})."
+        mark = "" if verdict.startswith("reproduced") else "**"
+        summary += f"\n- {says}: {mark}{verdict}{mark} ({differences.split('; ')[0]})."
     return {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),
