@@ -152,6 +152,12 @@ def draw(random, shape, like, generator=None):
     return random(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
+def timesteps_like(timesteps, x):
+    """The `timesteps` on the device of `x`, at least float32: bfloat16 rounds 757 to 756."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.tensor(timesteps, dtype=dtype, device=x.device)
+
+
 def random_timesteps(x0, config, generator=None):
     """Random t `[b]` for L_KL and for the critic: uniform, then shifted and clamped."""
     u = draw(torch.rand, x0.shape[:1], x0, generator)
@@ -189,9 +195,10 @@ def dmd_gradient(x0, x0_fake, x0_real):
     teacher never has to sample. Moving against g leads away from what the student already generates
     and towards what the teacher would generate.
 
-    The normaliser makes gradients comparable between timesteps: at high noise, predictions lie far
-    from `x0` and from each other. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and
-    inf pass through, so that the caller can report them and skip the update.
+    The normaliser replaces the factor ((1 - sigma) / sigma)^2 of that divergence. It makes
+    gradients comparable between timesteps: at high noise, predictions lie far from `x0` and from
+    each other. Float32, one normaliser for each sample. 0 / 0 gives 0; NaN and inf pass through, so
+    that the caller can report them and skip the update.
     """
     difference = x0_fake.float() - x0_real.float()
     normaliser = (x0.float() - x0_real.float()).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -220,7 +227,7 @@ def distribution_matching_loss(x0, teacher, critic, text, null_text, config, gen
 
 
 # ---------------------------------------------------------------------------------------------
-# Adaptive regression, w L_reg (eqs. 5-7): real videos correct the colours
+# Adaptive regression, w L_reg (eqs. 5-7): real videos, to correct the colours
 # ---------------------------------------------------------------------------------------------
 
 
@@ -233,17 +240,16 @@ def regression_loss(student, real, text, step, config, stride=1, generator=None)
     """
     real = real[:, :, ::stride]
     noise = draw(torch.randn, real.shape, real, generator)
-    # In the noise's dtype, at least float32: bfloat16 rounds 757 to 756.
-    t = torch.tensor(config.timesteps, dtype=noise.dtype, device=real.device)[step]
+    t = timesteps_like(config.timesteps, real)[step]
     v = predict_velocity(student, add_noise(real, noise, t), t, text, stride)
     return (v - (noise - real)).float().square().mean(dim=(1, 2, 3, 4))
 
 
 def random_regression_steps(x0, step, strides, generator=None):
-    """A random step `[b]` for each real video, among the steps with the same stride as `step`.
+    """A random step `[b]` for each real video: any step, if all have the same stride.
 
-    The batch thus has one length. With the default `train_strides` these are all steps. If `step`
-    is uniform over all steps, so is each result.
+    Otherwise one of those with the stride of `step`, so that the videos of a batch have one length.
+    If `step` is uniform over all steps, so is each result.
     """
     candidates = torch.tensor([i for i, s in enumerate(strides) if s == strides[step]],
                               device=x0.device)
@@ -282,7 +288,7 @@ class LossMeanCache(nn.Module):
     def update(self, step, loss):
         """Eq. 6, once for each step that occurs, with that step's mean loss over all ranks.
 
-        The first such loss becomes the mean itself.
+        The first such loss becomes the mean itself. A step that does not occur keeps its mean.
         """
         at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
         sums_and_counts = torch.stack([torch.where(at_step, loss.float()[:, None], 0.0).sum(0),
@@ -350,8 +356,7 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
     if (noise.shape[2] - 1) % strides[0]:
         raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
                          f"number of frames must be 1 modulo {strides[0]}")
-    t_dtype = torch.promote_types(noise.dtype, torch.float32)  # bfloat16 rounds 757 to 756
-    times = [torch.full((len(noise),), t, dtype=t_dtype, device=noise.device) for t in timesteps]
+    times = timesteps_like(timesteps, noise)[:, None].repeat(1, len(noise))
     x_t, grad = noise[:, :, ::strides[0]], torch.is_grad_enabled()
     for i, t in enumerate(times):
         last = i + 1 == len(times)

@@ -45,7 +45,6 @@ def descend(model, optimizer, config):
 def distil(model=WEIGHTS, cycles=30, batch_size=16):
     """Train a student. Each cycle has one update of the student, then several of the critic."""
     config = load_config(model)  # the toy's numbers: section 10 of method.md lists them
-    interpolator = load_interpolator(model, "cpu")  # acts only where a train_stride is not 1
     teacher, student, critic = (WanModel.from_pretrained(model, torch.float32) for _ in range(3))
     teacher.requires_grad_(False)
     student_optimizer, critic_optimizer = (
@@ -60,7 +59,7 @@ def distil(model=WEIGHTS, cycles=30, batch_size=16):
         first, values = cycle * config.critic_updates, {}
         real, text, step, generators = load_batch(config, first, batch_size)
         for loss, more in adavid.student_losses(student, teacher, critic, cache, real, text,
-                                                null_text, step, config, interpolator, generators):
+                                                null_text, step, config, generator=generators):
             loss.backward()
             values |= more
         descend(student, student_optimizer, config)
@@ -73,7 +72,7 @@ def distil(model=WEIGHTS, cycles=30, batch_size=16):
                 noise = adavid.draw(torch.randn, real.shape, real, generators)
                 with torch.no_grad():
                     x0 = adavid.backward_simulation(student, noise, text, step, config,
-                                                    interpolator, generators)
+                                                    generator=generators)
             adavid.critic_loss(critic, x0, text, config, generators).backward()
             descend(critic, critic_optimizer, config)
     return student

@@ -30,9 +30,15 @@ def test_the_lesson_lists_the_numbers_in_which_the_toy_differs_from_the_paper():
     toy, paper = lesson.load_config(WEIGHTS), adavid.AVDConfig()
     changed = {name for name in vars(paper) if getattr(toy, name) != getattr(paper, name)}
     assert changed == {"guidance_scale", "lr", "critic_lr", "betas", "temporal_truncation"}
-    assert (f"guidance {toy.guidance_scale:g}, learning rates of {toy.lr:g} (student) and "
-            f"{toy.critic_lr:g} (critic), AdamW's betas {toy.betas[0]:g} and {toy.betas[1]:g}, and "
-            f"{toy.temporal_truncation:g} as the level of the gate") in text
+    for title, number in {
+            "guidance of the teacher": "{guidance_scale:g}",
+            "learning rate of the student": "{lr:g}",
+            "learning rate of the critic": "{critic_lr:g}",
+            "AdamW's betas": "{betas[0]:g}, {betas[1]:g}",
+            "norm to which gradients are clipped": "{grad_clip:g}",
+            "level of the gate": "{temporal_truncation:g}"}.items():
+        row = [number.format(**vars(config)) for config in (paper, toy)]
+        assert f"| {title} | {row[0]} | {row[1]} |" in text
 
 
 def test_every_picture_of_the_lesson_is_shown_and_none_is_left_over():
