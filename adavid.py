@@ -288,7 +288,8 @@ class LossMeanCache(nn.Module):
     def update(self, step, loss):
         """Eq. 6, once for each step that occurs, with that step's mean loss over all ranks.
 
-        The first such loss becomes the mean itself. A step that does not occur keeps its mean.
+        With accumulation, call it once, with the losses of all batches. The first mean loss of a
+        step becomes the mean itself. A step that does not occur keeps its mean.
         """
         at_step = step[:, None] == torch.arange(len(self.means), device=step.device)
         sums_and_counts = torch.stack([torch.where(at_step, loss.float()[:, None], 0.0).sum(0),

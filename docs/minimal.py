@@ -4,7 +4,8 @@
 
 It takes about two minutes on a laptop and writes minimal.gif: the teacher's videos above the
 student's. `python train.py distill --steps 30` trains the same student, bit for bit. That program
-adds what is around this loop: flags, checkpoints, logs, several GPUs, LoRA, and Wan2.1.
+adds what is around this loop: flags, checkpoints, logs, several GPUs, LoRA, and Wan2.1. Training is
+at the full frame rate, so only the videos at the end need the interpolator.
 """
 
 import sys

@@ -354,6 +354,9 @@ def test_what_results_md_says_in_words_follows_from_the_measurements(committed):
     assert sign("saturation", "avd-full", "avd") == sign("saturation", "cheap-half", "avd") == 1
     for column in ("instance", "motion_open", "saturation"):
         assert abs(committed.interval(column, "plain-mean", "avd")[0]) < 0.02
+    assert sign("saturation", "avd-full", "temp") == 0
+    assert sign("saturation", "avd-strong", "temp") == -1
+    assert committed.interval("saturation", "avd-strong")[0] < 1.1  # "almost natural"
     for row, other in (("avd-full", "dmd"), ("dfd-avd", "dfd")):
         assert sign("instance", row, other) == 1 and sign("flicker", row, other) == -1
     assert sign("instance", "dcm-plain", "dmd") == 0
