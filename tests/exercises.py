@@ -3,6 +3,8 @@
     python -m pytest tests/exercises.py -k steps
 """
 
+import math
+
 import torch
 
 import adavid
@@ -23,8 +25,10 @@ def calls(config, frames=9):
 
 
 def test_steps():
-    """A fifth step, at t = 300."""
-    assert [t for t, _ in calls(adavid.AVDConfig())] == [1000, 900, 757, 522, 300]
+    """A fifth step, at t = 300 and at the full frame rate."""
+    config = adavid.AVDConfig()
+    assert calls(config) == [(1000, 5), (900, 5), (757, 9), (522, 9), (300, 9)]
+    assert config.train_strides == (1, 1, 1, 1, 1)
 
 
 def test_quarter():
@@ -54,5 +58,8 @@ def test_contrast():
     loss = adavid.temporal_loss(x0)
     torch.testing.assert_close(adavid.temporal_loss(3 * x0), loss, atol=1e-4, rtol=0)
     assert torch.autograd.grad(loss, x0)[0].any()
+    board = (torch.arange(8) + torch.arange(8)[:, None]) % 2 * 2 - 1.0  # of -1 and 1
+    waves = 2 * board + torch.tensor([-1.0, 1, -1, 1]).view(1, 1, 4, 1, 1)  # variances 4 and 1
+    assert abs(adavid.temporal_loss(waves).item() - math.log(4)) < 1e-4
     still = x0[:, :, :1].expand_as(x0)
     assert adavid.temporal_loss(still) > loss + 5 and adavid.temporal_loss(x0, truncation=99) == 0
