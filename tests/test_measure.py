@@ -68,6 +68,7 @@ def correlations(ours, theirs):
             for a, b in zip(*map(np.transpose, (ours, theirs)))]
 
 
+@pytest.mark.long
 def test_diversity_agrees_with_the_oracles_spread_of_places_and_velocities():
     real, prompts = world.make(SEED, range(48))
     repeated = [prompt for prompt in prompts[:6] for _ in range(8)]
