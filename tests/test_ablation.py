@@ -202,6 +202,15 @@ def test_weights_in_units_of_the_spread_do_not_depend_on_the_losses_scale():
     assert plain.weigh(step, loss)[::2].std() > 0.45  # all or nothing
 
 
+def test_the_late_cache_gives_no_weight_at_the_first_step():
+    cache, plain = ablation.LateCache(3), adavid.LossMeanCache(3)
+    step, loss = torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 3.0])
+    for more in (0.0, 1.0):
+        weights, whole = (c(step, loss + more) for c in (cache, plain))
+        assert weights.tolist() == [0, *whole[1:].tolist()]
+    assert torch.equal(cache.means, plain.means)
+
+
 def measured(tmp_path, scores):
     """A row for each entry of `scores`, `[seeds, prompts]` of "saturation"."""
     conditions = {"seeds": [0, 1, 2], "prompts": 200, "prompt_seed": 3000,

@@ -230,8 +230,8 @@ def job(out, conditions, item):
             argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
         if "init" in student:
             argv += ["--init-student", str(out / f"{student['init']}-{seed}")]
-        if student.get("cache") == "spread":
-            adavid.LossMeanCache = SpreadCache  # this process has no other job
+        if "cache" in student:
+            adavid.LossMeanCache = CACHES[student["cache"]]  # this process has no other job
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
             code = program.main(argv)
@@ -262,6 +262,16 @@ class SpreadCache(LossMeanCache):
     def update(self, step, loss):
         super().update(step, loss)
         self.squares.update(step, loss.float().square())
+
+
+class LateCache(LossMeanCache):
+    """No regression at the first step, from pure noise."""
+
+    def weigh(self, step, loss):
+        return super().weigh(step, loss) * (step > 0)
+
+
+CACHES = {"spread": SpreadCache, "late": LateCache}
 
 
 def write_shards(folder, seed, count, share=0.0, kinds=(), null_prompt=""):
