@@ -366,6 +366,9 @@ def test_what_results_md_says_in_words_follows_from_the_measurements(committed):
     assert sign("saturation", "avd-full", "temp") == 0
     assert sign("saturation", "avd-strong", "temp") == -1
     assert committed.interval("saturation", "avd-strong")[0] < 1.1  # "almost natural"
+    for row, other in (("late", "avd-full"), ("late-strong", "avd-strong")):
+        for column in ("instance", "saturation"):
+            assert abs(committed.interval(column, row, other)[0]) < 0.02  # "little difference"
     for row, other in (("avd-full", "dmd"), ("dfd-avd", "dfd")):
         assert sign("instance", row, other) == 1 and sign("flicker", row, other) == -1
     assert sign("instance", "dcm-plain", "dmd") == 0
