@@ -366,6 +366,10 @@ def test_what_results_md_says_in_words_follows_from_the_measurements(committed):
     assert sign("saturation", "avd-full", "temp") == 0
     assert sign("saturation", "avd-strong", "temp") == -1
     assert committed.interval("saturation", "avd-strong")[0] < 1.1  # "almost natural"
+    mean, low, high = committed.interval("instance", "late", "avd-full")
+    assert f"rises by {mean:.3f} ± {(high - low) / 2:.3f}, and at eight times" in (
+        ablation.DOCS / "method.md").read_text(encoding="utf-8")
+    assert sign("instance", "late-strong", "avd-strong") == 0
     for row, other in (("late", "avd-full"), ("late-strong", "avd-strong")):
         for column in ("instance", "saturation"):
             assert abs(committed.interval(column, row, other)[0]) < 0.02  # "little difference"
