@@ -153,7 +153,7 @@ def draw(random, shape, like, generator=None):
 
 
 def timesteps_like(timesteps, x):
-    """The `timesteps` on the device of `x`, at least float32: bfloat16 rounds 757 to 756."""
+    """The `timesteps` as a tensor beside `x`, at least float32: bfloat16 rounds 757 to 756."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.tensor(timesteps, dtype=dtype, device=x.device)
 

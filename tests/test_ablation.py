@@ -367,7 +367,7 @@ def test_what_results_md_says_in_words_follows_from_the_measurements(committed):
     assert sign("saturation", "avd-strong", "temp") == -1
     assert committed.interval("saturation", "avd-strong")[0] < 1.1  # "almost natural"
     mean, low, high = committed.interval("instance", "late", "avd-full")
-    assert f"rises by {mean:.3f} ± {(high - low) / 2:.3f}, and at eight times" in (
+    assert f"rises by {mean:.3f} ± {(high - low) / 2:.3f}, and with eight times" in (
         ablation.DOCS / "method.md").read_text(encoding="utf-8")
     assert sign("instance", "late-strong", "avd-strong") == 0
     for row, other in (("late", "avd-full"), ("late-strong", "avd-strong")):

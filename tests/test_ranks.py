@@ -30,19 +30,19 @@ from tests.helpers import (
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 from tools import export
 
+SMALL = ["--sample-every", 100, "--critic-updates", 2]
+
 
 def on_two_ranks(teacher, out, *flags, steps=3, script="train.py", launcher=(), cwd=ROOT):
     """Distil with one video in each rank's batch."""
     return torchrun(*launcher, script, "distill", "--model", teacher, "--out", out, "--batch-size",
-                    1, "--steps", steps, "--device", "cpu", "--sample-every", 100,
-                    "--critic-updates", 2, *flags, cwd=cwd)
+                    1, "--steps", steps, "--device", "cpu", *SMALL, *flags, cwd=cwd)
 
 
 def trained(teacher, out, *flags, ranks=1, steps=3, batch_size=2):
     """Distil with two videos in each batch, by one process or shared by two ranks."""
     if ranks == 1:
-        assert distill(teacher, out, "--sample-every", 100, "--critic-updates", 2, *flags,
-                       steps=steps, batch_size=batch_size) == 0
+        assert distill(teacher, out, *SMALL, *flags, steps=steps, batch_size=batch_size) == 0
     else:
         result = on_two_ranks(teacher, out, *flags, steps=steps)
         assert result.returncode == 0, result.stderr

@@ -76,8 +76,6 @@ def run(line, small=SMALL):
         return None
     start, args = words[1:words.index(program)], words[words.index(program) + 1:]
     args += small.get(program, [])
-    if program == "train.py" and "distill" in args and "--critic-updates" not in args:
-        args += ["--critic-updates", "2"]
     if words[0] == "python":
         assert PROGRAMS[program](args) == 0, line
     else:  # on two CPUs, however many GPUs and nodes the docs name
