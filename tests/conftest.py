@@ -1,3 +1,4 @@
+import os
 import signal
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that. Tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
+os.environ["OMP_NUM_THREADS"] = "1"  # in the programs that tests start
 torch.set_num_threads(1)  # also for what is set up once, before the first test
 
 

@@ -1,10 +1,14 @@
 """What the tests share: running programs, reading what they leave, and small inputs for them."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +28,6 @@ from tiny_wan import PRESETS, ToyCodec, WanModel
 from tools import encode
 
 ROOT = Path(train.__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CLIP = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]
 # For tests that expect these steps, whatever the defaults are: exercises change those.
 FOUR_STEPS = AVDConfig((1000, 900, 757, 522), (2, 2, 1, 1), (1, 1, 1, 1))
@@ -40,11 +43,51 @@ def distill(model, out, *flags, steps=2, batch_size=2):
                        "--batch-size", str(batch_size), "--device", "cpu", *map(str, flags)])
 
 
-def torchrun(*args, cwd=ROOT):
-    """Run two ranks to the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    return subprocess.run([*command, *map(str, args)], cwd=cwd, env=ENVIRONMENT, timeout=200,
-                          capture_output=True, text=True)
+# Importing PyTorch takes seconds. Where there is fork, a server does it once, for all programs.
+FORK = os.name != "nt"
+PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
+PROCESSES.set_forkserver_preload(["train", "torch.distributed.run"])
+
+
+class Program:
+    """`python *words` in a process of its own, as a shell would start it."""
+
+    def __init__(self, *words, cwd=ROOT):
+        self.words, self.output = list(map(str, words)), tempfile.TemporaryDirectory()
+        self.process = PROCESSES.Process(
+            target=run_program, args=(self.words, Path(cwd).resolve(), Path(self.output.name)))
+        with contextlib.chdir(ROOT):  # where the server finds what it imports
+            self.process.start()
+
+    def wait(self):
+        """Wait for its end. -> subprocess.CompletedProcess"""
+        self.process.join(timeout=200)
+        assert self.process.exitcode is not None, f"{self.words} takes too long"
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, *(
+            Path(self.output.name, stream).read_text(encoding="utf-8") for stream in STREAMS))
+
+
+STREAMS = ("stdout", "stderr")
+
+
+def run_program(words, cwd, output):
+    for number, stream in enumerate(STREAMS, start=1):
+        with open(output / stream, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(cwd)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def torchrun(*words, cwd=ROOT):
+    """Run two ranks to the end. -> subprocess.CompletedProcess"""
+    ranks = ["--nproc_per_node=2", "--run-path", f"--start-method={'fork' if FORK else 'spawn'}"]
+    return Program("-m", "torch.distributed.run", *ranks, *words, cwd=cwd).wait()
 
 
 def complaint(capsys, code):

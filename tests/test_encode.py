@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from runtime.data import Shards
-from tests.helpers import CLIP, complaint, distill, read_lines, torchrun
+from tests.helpers import CLIP, ROOT, complaint, distill, read_lines, torchrun
 from tiny_wan import WanCodec, checkpoint, codec
 from tools import encode
 
@@ -154,7 +154,7 @@ def test_latents_that_are_not_finite_are_left_out(wan, clips, tmp_path, monkeypa
 
 def test_two_ranks_share_the_work(wan, clips, shards, tmp_path):
     args = ["--videos", clips, "--model", wan, "--out", tmp_path, *CLIP]
-    result = torchrun("-m", "tools.encode", *args)
+    result = torchrun(ROOT / "tools" / "encode.py", *args)
     assert result.returncode == 0, result.stderr
     assert {f.name[:9] for f in tmp_path.glob("shard-*")} == {"shard-000", "shard-001"}
     assert rows(tmp_path).keys() == rows(shards).keys() and len(Shards(tmp_path, 0).items) == 8

@@ -5,8 +5,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 
@@ -19,7 +17,7 @@ from adavid import AVDConfig, FrameInterpolator
 from runtime import checkpoints, pictures, run
 from runtime.checkpoints import list_checkpoints
 from runtime.models import load_config
-from tests.helpers import ENVIRONMENT, ROOT, complaint, distill, equal, read_lines, saved
+from tests.helpers import Program, complaint, distill, equal, read_lines, saved
 from tiny_wan import WanModel, checkpoint
 
 
@@ -100,17 +98,15 @@ def test_a_run_that_ctrl_c_interrupts_resumes_to_the_same_bits(toy_folder, tmp_p
     whole, broken, flags = tmp_path / "whole", tmp_path / "broken", ["--save-every", 1000]
     assert distill(toy_folder, whole, *flags, steps=24) == 0
 
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "distill", "--model", toy_folder, "--batch-size", "2",
-         "--steps", "24", "--save-every", "1000", "--device", "cpu", "--out", broken],
-        cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    program = Program("train.py", "distill", "--model", toy_folder, "--batch-size", 2,
+                      "--steps", 24, "--save-every", 1000, "--device", "cpu", "--out", broken)
     log = broken / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
-        assert process.poll() is None
+        assert program.process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130 and "resume" in error
+    os.kill(program.process.pid, signal.SIGINT)
+    result = program.wait()
+    assert result.returncode == 130 and "resume" in result.stderr
     assert 4 <= read_lines(log)[-1]["step"] < 23
 
     assert distill(toy_folder, broken, *flags, steps=24) == 0

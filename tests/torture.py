@@ -40,7 +40,7 @@ from runtime import cli
 from runtime.checkpoints import find_damage, list_checkpoints
 from tests import power_loss
 from tests.bad_input import READERS
-from tests.helpers import ENVIRONMENT, MAKERS, ROOT, Inputs, write_clips
+from tests.helpers import MAKERS, ROOT, Inputs, write_clips
 from tests.test_numbers import try_numbers
 from tiny_wan import checkpoint
 from tools import encode
@@ -339,8 +339,9 @@ def interrupt(program, args):
 
     def begin(out):
         command = [sys.executable, ROOT / program, *shlex.split(STARTS[program]), "--out", out]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(log, "w") as output:
-            return subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT)
+            return subprocess.Popen(command, stdout=output, stderr=output, env=one_thread)
 
     began, process = time.monotonic(), begin(f"{program}-whole")
     while process.poll() is None and not re.search(r" [1-9]\d*/\d+ \[", log.read_text()):

@@ -6,9 +6,9 @@ functions.
 """
 
 import functools
+import weakref
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -35,19 +35,21 @@ class Meter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops, self.peak, self.alive = 0, 0, WeakSet()
+        self.flops = self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         if formula := flop_registry.get(op.overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
-        self.alive |= storages(out) - storages((args, kwargs))
-        self.peak = max(self.peak, self.bytes())
+        for storage in storages(out) - storages((args, kwargs)):
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
         return out
 
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.alive)
+    def add(self, size):
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
 
 
 def storages(tree):
@@ -75,7 +77,7 @@ def count(function):
     try:
         with Meter() as meter:
             result = function()
-            kept = meter.bytes()
+            kept = meter.bytes
             if result.requires_grad:
                 result.backward()
     finally:
