@@ -332,16 +332,21 @@ def committed():
                                  ablation.DOCS / "measurements.jsonl")
 
 
+@pytest.fixture(scope="module")
+def blocks(committed):
+    return ablation.blocks(committed.finished())
+
+
 @pytest.mark.parametrize("file, names", [
     ("README.md", ["results"]),
     ("docs/results.md", ["methods", "table", "claims", "ranks", "answers", "weights"]),
     ("docs/costs.md", ["recipes"])])
-def test_the_pages_say_what_the_measurements_say(committed, file, names, tmp_path):
+def test_the_pages_say_what_the_measurements_say(blocks, file, names, tmp_path):
     text = (ablation.DOCS.parent / file).read_text(encoding="utf-8")
     assert all(text.count(f"<!-- {name} -->\n") == 1 for name in names)
     copy = tmp_path / "page.md"
     copy.write_text(text, encoding="utf-8")
-    page.fill(copy, ablation.blocks(committed.finished()))
+    page.fill(copy, blocks)
     assert copy.read_text(encoding="utf-8") == text
 
 

@@ -105,8 +105,9 @@ def run(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     if jobs and not args.pages:
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
-        pool = multiprocessing.get_context("spawn").Pool(
-            min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
+        processes = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+        processes.set_forkserver_preload(["tools.ablation"])  # PyTorch takes seconds to import
+        pool = processes.Pool(min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
         starts = {student["init"] for student in conditions["students"].values()
                   if "init" in student}  # are trained before what starts from them
         with pool, tqdm(desc="ablation", total=len(jobs), unit="job") as bar:
