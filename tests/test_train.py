@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -28,14 +29,21 @@ def steps_of_checkpoints(out):
 # --- the stages --------------------------------------------------------------------------------
 
 STAGES = {
-    "teacher": ["--steps", "4", "--batch-size", "2", "--score-prompts", "2"],
-    "interpolator": ["--steps", "120", "--batch-size", "8", "--lr", "3e-3"],
+    "teacher": ["--steps", "4", "--save-every", "2", "--batch-size", "2", "--score-prompts", "2"],
+    "interpolator": ["--steps", "120", "--save-every", "60", "--batch-size", "8", "--lr", "3e-3"],
 }
 
 
-def train_stage(stage, out):
-    return train.main([stage, *STAGES[stage], "--save-every", "2", "--device", "cpu",
-                       "--out", str(out)])
+def train_stage(stage, out, *flags):
+    return train.main([stage, *STAGES[stage], *flags, "--device", "cpu", "--out", str(out)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_pictures():
+    """The teacher's pictures are drawn in 2 steps, not 50."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adavid, "sample_teacher", partial(adavid.sample_teacher, steps=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +103,12 @@ def test_every_number_of_the_method_changes_behaviour(name, toy_folder, unchange
 
 def test_a_run_that_ctrl_c_interrupts_resumes_to_the_same_bits(toy_folder, tmp_path):
     """Ctrl-C in a real process, then the same command again."""
-    whole, broken, flags = tmp_path / "whole", tmp_path / "broken", ["--save-every", 1000]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ["--save-every", 1000, "--critic-updates", 1]
     assert distill(toy_folder, whole, *flags, steps=24) == 0
 
     program = Program("train.py", "distill", "--model", toy_folder, "--batch-size", 2,
-                      "--steps", 24, "--save-every", 1000, "--device", "cpu", "--out", broken)
+                      "--steps", 24, *flags, "--device", "cpu", "--out", broken)
     log = broken / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
         assert program.process.is_alive()
@@ -292,7 +301,7 @@ def test_what_is_saved_has_the_users_permissions(toy_folder, tmp_path):
     before = os.umask(0o027)
     try:
         assert distill(toy_folder, tmp_path / "run", steps=1) == 0
-        assert train_stage("interpolator", tmp_path / "interpolator") == 0
+        assert train_stage("interpolator", tmp_path / "interpolator", "--steps", "2") == 0
     finally:
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
