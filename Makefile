@@ -4,6 +4,8 @@
 PYTHON ?= python3
 DIR ?= Wan2.1-T2V-1.3B
 RUN = .venv/bin/python
+PIP = $(RUN) -m pip install -q --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE  # Python compiles what is imported, once: little of what pip brings
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -53,11 +55,11 @@ clean:  ## delete .venv and all runs
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; try: make PYTHON=python3.12'"
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 .venv/all: .venv/core  # adds what Wan2.1 and the tests need
-	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
+	$(PIP) -e ".[test]"
 	touch $@
 
 .PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check wan-check weights clean
