@@ -458,10 +458,10 @@ def seen(metrics):
 run.all_reduce_mean = seen
 sys.exit(train.main(sys.argv[1:]))
 """)
-    result = on_two_ranks(toy_folder, "run", "--save-every", 2, steps=12, script="slow.py",
+    result = on_two_ranks(toy_folder, "run", "--save-every", 2, steps=6, script="slow.py",
                           cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert list_checkpoints(tmp_path / "run")[-1].name == "000012"
+    assert list_checkpoints(tmp_path / "run")[-1].name == "000006"
     seen = [line.split()[1:] for line in result.stdout.splitlines() if "checkpoints:" in line]
     assert "000002" in seen[3] + seen[4]  # it has its name before the next save, or soon after
 

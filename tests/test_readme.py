@@ -116,7 +116,7 @@ def test_the_wan_page_runs_from_videos_to_a_student_in_stock_diffusers(
     originals = Path("prompts.txt").read_text().splitlines()
     Path("extended.txt").write_text("\n".join(f"{line}, in detail" for line in originals))
     for line in commands(WAN):
-        if "wan_check" in line:  # tests/test_wan_check.py
+        if "wan_check" in line:  # tests/test_bench.py
             continue
         run(re.sub(r"--accumulate \d+", "--accumulate 1", line))
         said = capsys.readouterr().out

@@ -120,22 +120,25 @@ def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
         cache = adavid.LossMeanCache(len(AVD.timesteps)).to("meta")
         real, text = inputs(config, shape, batch_size)
 
-        def cycle(step):
-            # Rollouts come first: the first forward makes the RoPE table, which stays.
+        def rollout(step):
             with torch.no_grad():
-                rollout, *_ = count(
-                    lambda: adavid.backward_simulation(student, real, text, step, AVD))
+                return count(lambda: adavid.backward_simulation(student, real, text, step, AVD))
+
+        def losses(step):
             terms = adavid.student_losses(
                 student, teacher, critic, cache, real, text, text, step, AVD)
-            matching, regression = (count(lambda: next(terms)[0]) for _ in range(2))
-            learning, kept, peak = count(lambda: adavid.critic_loss(critic, real, text, AVD))
-            rollouts = 0 if one_rollout else AVD.critic_updates - 1
-            flops = (matching[0] + regression[0] + rollouts * rollout
-                     + AVD.critic_updates * learning)
-            return np.array([flops, max(matching[1], regression[1]), peak - kept])
+            return (count(lambda: next(terms)[0]) for _ in range(2))
 
-        # Rollouts end at each step with equal probability, and each step adds one forward.
-        return (cycle(0) + cycle(len(AVD.timesteps) - 1)) / 2
+        # Rollouts come first: the first forward makes the RoPE table, which stays. They end at
+        # each step with equal probability, and each step adds one forward.
+        last = len(AVD.timesteps) - 1
+        rollouts = (rollout(0) + rollout(last)) / 2
+        matching, regression = losses(0)
+        matching = (matching + next(losses(last))) / 2
+        learning, kept, peak = count(lambda: adavid.critic_loss(critic, real, text, AVD))
+        flops = (matching[0] + regression[0] + AVD.critic_updates * learning
+                 + (0 if one_rollout else AVD.critic_updates - 1) * rollouts[0])
+        return np.array([flops, max(matching[1], regression[1]), peak - kept])
 
     # With LoRA, backward ends inside the first block, so this block is unlike the others.
     return at_full_depth(config, counted, depth=2 if lora else 1)
