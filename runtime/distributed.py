@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from runtime import cli
 
@@ -72,6 +71,8 @@ def shard(model, device, dtype=None):
     Without a process group, the model only moves to the device.
     """
     if dist.is_initialized():
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
+
         # The model never changes a layer's output in place, of which newer versions warn.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(device.type, (world_size(),))

@@ -15,8 +15,7 @@ cheap, and bfloat16 keeps only 8 significant bits (757 becomes 756).
 import math
 import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from operator import index
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +72,6 @@ def sinusoidal_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-@torch.compiler.assume_constant_result
-def rope(*shape):
-    """`rope_table` as a constant for torch.compile, which would ignore the cache and warn."""
-    return rope_table(*shape)
-
-
-@lru_cache(maxsize=16)
 def rope_table(f, h, w, head_dim, frame_stride, device):
     """Cosines and signed sines `[f*h*w, 1, head_dim]` of the 3D rotary embedding, for `rotate`.
 
@@ -90,24 +82,23 @@ def rope_table(f, h, w, head_dim, frame_stride, device):
     At frame stride s, frames have positions 0, s, 2s, ... in time, as in the full-rate video.
     Renumbered 0, 1, 2, ..., they would pass for adjacent frames, and the video would move less.
     """
+    home = "cpu" if device.type == "mps" else device  # MPS has no float64
+    arange = partial(torch.arange, dtype=torch.float64, device=home)
     split = 2 * (head_dim // 6)
     angles = []
-    # On the CPU, because MPS has no float64. Not as inference tensors, because the cache may give
-    # the table to training later.
-    with torch.device("cpu"), torch.inference_mode(False):
-        for n, dim, stride in (
-                (f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
-            freqs = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-            angles.append(torch.arange(n, dtype=torch.float64)[:, None] * stride * freqs)
-        frames, rows, columns = angles
-        angles = torch.cat([
-            frames[:, None, None].expand(f, h, w, -1),
-            rows[None, :, None].expand(f, h, w, -1),
-            columns[None, None, :].expand(f, h, w, -1),
-        ], dim=-1).flatten(0, 2)
-        cos = torch.stack([angles.cos(), angles.cos()], dim=-1).flatten(1)[:, None]
-        sin = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(1)[:, None]
-        return cos.float().to(device), sin.float().to(device)
+    for n, dim, stride in (
+            (f, head_dim - 2 * split, frame_stride), (h, split, 1), (w, split, 1)):
+        freqs = 10000.0 ** -(arange(0, dim, 2) / dim)
+        angles.append(arange(n)[:, None] * stride * freqs)
+    frames, rows, columns = angles
+    angles = torch.cat([
+        frames[:, None, None].expand(f, h, w, -1),
+        rows[None, :, None].expand(f, h, w, -1),
+        columns[None, None, :].expand(f, h, w, -1),
+    ], dim=-1).flatten(0, 2)
+    cos, sin = angles.cos(), angles.sin()
+    return tuple(torch.stack(pair, dim=-1).flatten(1)[:, None].float().to(device)
+                 for pair in ((cos, cos), (-sin, sin)))
 
 
 def rotate(x, rope):
@@ -144,7 +135,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself.
 
-    x: `[b, tokens, dim]`; context: `[b, l, dim]`; rope: the tables of `rope_table`.
+    x: `[b, tokens, dim]`; context: `[b, l, dim]`; rope: from `rope_table`.
     """
 
     def __init__(self, dim, num_heads, eps):
@@ -257,9 +248,8 @@ class WanModel(nn.Module):
             raise ValueError(f"text is {list(text.shape)}, but must be [b, l, {c.text_dim}] with "
                              f"l at most {c.text_len}, the model's text_len")
 
-        # index() turns torch.compile's symbolic integers into plain ones, as `rope` needs
-        f, h, w = (index(n // m) for n, m in zip(x.shape[2:], c.patch_size))
-        places = rope(f, h, w, c.dim // c.num_heads, index(frame_stride), x.device)
+        f, h, w = (n // m for n, m in zip(x.shape[2:], c.patch_size))
+        places = rope_table(f, h, w, c.dim // c.num_heads, frame_stride, x.device)
         tokens = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
         tokens = tokens.contiguous()  # otherwise the norms of every layer would copy them
         if text.shape[1] < c.text_len:

@@ -129,15 +129,14 @@ def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
                 student, teacher, critic, cache, real, text, text, step, AVD)
             return (count(lambda: next(terms)[0]) for _ in range(2))
 
-        # Rollouts come first: the first forward makes the RoPE table, which stays. They end at
-        # each step with equal probability, and each step adds one forward.
+        # Rollouts end at each step with equal probability, and each step adds one forward.
         last = len(AVD.timesteps) - 1
-        rollouts = (rollout(0) + rollout(last)) / 2
         matching, regression = losses(0)
         matching = (matching + next(losses(last))) / 2
         learning, kept, peak = count(lambda: adavid.critic_loss(critic, real, text, AVD))
-        flops = (matching[0] + regression[0] + AVD.critic_updates * learning
-                 + (0 if one_rollout else AVD.critic_updates - 1) * rollouts[0])
+        flops = matching[0] + regression[0] + AVD.critic_updates * learning
+        if not one_rollout:
+            flops += (AVD.critic_updates - 1) * (rollout(0)[0] + rollout(last)[0]) / 2
         return np.array([flops, max(matching[1], regression[1]), peak - kept])
 
     # With LoRA, backward ends inside the first block, so this block is unlike the others.
