@@ -43,10 +43,11 @@ def distill(model, out, *flags, steps=2, batch_size=2):
                        "--batch-size", str(batch_size), "--device", "cpu", *map(str, flags)])
 
 
-# Importing PyTorch takes seconds. Where there is fork, a server does it once, for all programs.
-FORK = os.name != "nt"
+# Importing PyTorch takes seconds. On Linux, where fork is safe, a server does it once for all.
+FORK = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
 PROCESSES.set_forkserver_preload(["train", "torch.distributed.run"])
+STREAMS = ("stdout", "stderr")
 
 
 class Program:
@@ -62,12 +63,11 @@ class Program:
     def wait(self):
         """Wait for its end. -> subprocess.CompletedProcess"""
         self.process.join(timeout=200)
-        assert self.process.exitcode is not None, f"{self.words} takes too long"
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{self.words} takes more than 200 seconds")
         return subprocess.CompletedProcess(self.words, self.process.exitcode, *(
             Path(self.output.name, stream).read_text(encoding="utf-8") for stream in STREAMS))
-
-
-STREAMS = ("stdout", "stderr")
 
 
 def run_program(words, cwd, output):
@@ -152,7 +152,7 @@ def make_toy(folder, _):
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
     config = replace(FOUR_STEPS, guidance_scale=3.0, lr=1e-3, critic_lr=1e-3,
-                     temporal_truncation=-5.0)
+                     critic_updates=2, temporal_truncation=-5.0)
     model.save_pretrained(folder, metadata={"avd": config.to_json()})
     interpolator = FrameInterpolator(12, width=8)
     torch.nn.init.normal_(interpolator.out.weight, std=0.05)

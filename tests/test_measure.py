@@ -42,6 +42,7 @@ def samplers(prompts):
                                          torch.Generator().manual_seed(SEED)))
 
 
+@pytest.mark.long
 def test_readings_agree_with_the_toys_oracle_over_good_and_bad_samplers():
     real, prompts = world.make(SEED, range(COUNT))
     spoilt = [ablation.spoil(kind, real, make_generator(SEED, kind))

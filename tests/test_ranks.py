@@ -30,7 +30,7 @@ from tests.helpers import (
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 from tools import export
 
-SMALL = ["--sample-every", 100, "--critic-updates", 2]
+SMALL = ["--sample-every", 100]
 
 
 def on_two_ranks(teacher, out, *flags, steps=3, script="train.py", launcher=(), cwd=ROOT):

@@ -105,7 +105,8 @@ def run(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     if jobs and not args.pages:
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
-        processes = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+        method = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere fork is not safe
+        processes = multiprocessing.get_context(method)
         processes.set_forkserver_preload(["tools.ablation"])  # PyTorch takes seconds to import
         pool = processes.Pool(min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
         starts = {student["init"] for student in conditions["students"].values()
