@@ -5,7 +5,8 @@ PYTHON ?= python3
 DIR ?= Wan2.1-T2V-1.3B
 RUN = .venv/bin/python
 PIP = $(RUN) -m pip install -q --no-compile -c constraints.txt
-unexport PYTHONDONTWRITEBYTECODE  # Python compiles what is imported, once: little of what pip brings
+# Compiling all packages takes a minute. Python compiles those that are imported, and keeps the result.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile

@@ -135,7 +135,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself.
 
-    x: `[b, tokens, dim]`; context: `[b, l, dim]`; rope: from `rope_table`.
+    x: `[b, tokens, dim]`; context: `[b, l, dim]`; rope: what `rope_table` returns.
     """
 
     def __init__(self, dim, num_heads, eps):
