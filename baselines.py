@@ -443,7 +443,8 @@ class Baseline(Flags):
     init_student: Path | None = None
     """folder of the student's initial weights; by default the teacher's"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype to compute in: auto is bfloat16 on NVIDIA and AMD GPUs, float32 elsewhere"""
+    """dtype to compute in: auto is bfloat16 for Wan on a GPU that has it, from NVIDIA or AMD, and
+    else float32"""
     numbers: Annotated[BaselineConfig, tyro.conf.arg(name="")] = BaselineConfig()
     gradient_checkpointing = None  # recompute blocks in backward if --data is given
 
@@ -482,9 +483,15 @@ class Setup:
     def __init__(self, args):
         self.args, self.device, self.data = args, init_distributed(args.device), open_data(args)
         check_fit(args, self.data)
-        if args.numbers.tangent == "fd" and cli.pick_dtype(args.dtype, self.device):
+        dtype = cli.pick_dtype(args.dtype, self.device, WanConfig.from_pretrained(args.model))
+        cli.announce(self.device, dtype, args.device)
+        half, tangent = dtype == torch.bfloat16, args.numbers.tangent
+        if half and tangent == "fd":
             raise ValueError("--tangent fd: in bfloat16 a finite difference is nothing but noise; "
                              "use jvp, or --dtype float32")
+        if half and (args.method, tangent) == ("rcm", "jvp") and torch.__version__ < "2.13":
+            raise ValueError(f"--tangent jvp: in bfloat16 it needs torch 2.13 or later, and this "
+                             f"is {torch.__version__}; use --dtype float32, or --tangent discrete")
         if not self.data.has_videos:
             raise ValueError(f"{args.data}: holds no videos, and these methods learn from them")
         self.null_text = self.data.null_text.to(self.device)

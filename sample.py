@@ -75,8 +75,9 @@ class Sample:
     batch_size: int | None = None
     """videos at a time; by default 1 for Wan and 16 for the toy"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the transformer and the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU. Elsewhere
-    it is float32 for the transformer, and for the text encoder the dtype of its file"""
+    """of the transformer and the text encoder; auto is bfloat16 for Wan on a GPU that has it, from
+    NVIDIA or AMD. Else it is float32 for the transformer, and for the text encoder the dtype of its
+    file"""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """of Wan's VAE, whose activations take half of the memory in bfloat16; pixels change slightly.
     The toy has no VAE"""
@@ -112,6 +113,8 @@ def run(args):
                      args.model)
     config = load_config(distilled)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
+    dtype = cli.pick_dtype(args.dtype, device, architecture)
+    cli.announce(device, dtype, args.device)
     if args.guidance_scale is not None:
         config = replace(config, guidance_scale=args.guidance_scale)
     interpolator = None
@@ -123,7 +126,6 @@ def run(args):
                   "are full rate")
         if "method" not in checkpoint.read_metadata(distilled):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
-    dtype = cli.pick_dtype(args.dtype, device)
     codec = open_codec(args.model, architecture, args.codec, device=device, dtype=dtype,
                        vae_dtype=getattr(torch, args.vae_dtype))
     shape = codec.latent_shape(args.frames, args.height, args.width,

@@ -34,7 +34,7 @@ from runtime.media import thumbnails, write_contact_sheet
 from runtime.models import check_fit, default_config, load_models, load_sharded, save_student
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
-from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
+from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -100,7 +100,8 @@ class Distill(Flags):
     ema: float = 0.0
     """decay of an average of the student's weights, which is then what is saved; 0 for none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype to compute in: auto is bfloat16 on NVIDIA and AMD GPUs, float32 elsewhere"""
+    """dtype to compute in: auto is bfloat16 for Wan on a GPU that has it, from NVIDIA or AMD, and
+    else float32"""
     gradient_checkpointing: bool | None = None
     """recompute blocks in backward: less memory, more time; by default if --data is given"""
     avd: Annotated[AVDConfig, tyro.conf.arg(name="")] = AVDConfig()
@@ -147,6 +148,7 @@ TOY_NUMBERS = AVDConfig(guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0,
 
 def train_teacher(args):
     device, codec = init_distributed(args.device), ToyCodec()
+    cli.announce(device, torch.float32, args.device)
     data, pictures = Toy(codec, args.seed), Pictures.of_toy(device)
     model = WanModel(PRESETS["tiny"]).init_weights(args.seed).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -257,6 +259,7 @@ def learning_rate(args, step):
 
 def train_interpolator(args):
     device, data = init_distributed(args.device), open_data(args)
+    cli.announce(device, torch.float32, args.device)
     if not data.has_videos:
         raise ValueError(f"{args.data}: holds no videos, and an interpolator needs them")
     torch.manual_seed(args.seed)
@@ -308,6 +311,8 @@ def distill(args):
     """
     config, device, data = args.avd, init_distributed(args.device), open_data(args)
     check_flags(args, data)
+    dtype = cli.pick_dtype(args.dtype, device, WanConfig.from_pretrained(args.model))
+    cli.announce(device, dtype, args.device)
     models = load_models(args, device)
     averaged = load_sharded(args, args.init_student or args.model, device) if args.ema else None
     student_optimizer = adamw(models.student, config.lr, config)

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -48,9 +49,16 @@ def find_not_finite(state):
     """The name of a tensor that is not finite on some rank, or None."""
     local = {name: getattr(tensor, "to_local", lambda t=tensor: t)()
              for name, tensor in named_tensors(state).items()}
-    # Both ends are NaN if one element is. This reads each tensor once, and makes no copy.
-    bad = next((name for name, tensor in local.items() if tensor.numel() and not all(
-        math.isfinite(end.item()) for end in tensor.aminmax())), None)
+    # Both ends are NaN if one element is. This reads each tensor once, makes no copy, and waits for
+    # each device once.
+    finite = defaultdict(dict)
+    for name, tensor in local.items():
+        if tensor.numel():
+            low, high = tensor.aminmax()
+            finite[tensor.device][name] = low.isfinite() & high.isfinite()
+    bad = next((name for flags in finite.values()
+                for name, good in zip(flags, torch.stack(list(flags.values())).tolist())
+                if not good), None)
     return next(filter(None, all_gather(bad)), None)
 
 

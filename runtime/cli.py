@@ -3,11 +3,15 @@
 import contextlib
 import io
 import os
+import platform
 import shlex
+import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 import tyro
@@ -15,6 +19,7 @@ from safetensors import SafetensorError
 
 import adavid
 from adavid import HUGE, TINY
+from tiny_wan.codec import is_out_of_memory, is_toy
 
 OF_EXTRA = {"diffusers", "transformers", "ftfy", "peft"}  # installed by the extra [wan]
 MOST = 2**31 - 1
@@ -40,8 +45,19 @@ def run(program, options, argv=None):
     """Parse `argv` into the dataclass `options`, call `program` with it, return an exit code.
 
     The fields' docstrings are the help texts. Bad flags and bad input (ValueError, OSError) give
-    one line on stderr and code 2; Ctrl-C gives code 130.
+    one line on stderr and code 2; Ctrl-C gives code 130. If the reader of the output goes away, as
+    in `... | head`, the program ends without a word.
     """
+    try:
+        code = parse_and_run(program, options, argv)
+        sys.stdout.flush()  # here, as Python's own flush at its end could only print a traceback
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a shell reports SIGPIPE
+
+
+def parse_and_run(program, options, argv):
     argv, complaint = sys.argv[1:] if argv is None else argv, io.StringIO()
     parse = lambda: tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
     try:
@@ -73,6 +89,8 @@ def run(program, options, argv=None):
         return program(args) or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
     except Diverged as error:
         fail(f"{error}: {shlex.join([*launcher(), *map(str, argv), *error.flags])}")
     except (ValueError, OSError) as error:
@@ -83,7 +101,9 @@ def run(program, options, argv=None):
         if error.name not in OF_EXTRA:
             raise
         fail(f"{error.name} is not installed; python -m pip install -e '.[wan]'")
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         fail(f"{error}; try smaller videos or smaller batches (--help lists what saves memory)")
     return 2
 
@@ -130,16 +150,84 @@ def fail(message):
     print("error:", line, file=sys.stderr)
 
 
+# ---------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------
+
+
 def pick_device(name):
     """A torch.device; 'auto' is the best one available. ValueError if the named one is missing."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    with warnings.catch_warnings(action="ignore"):  # of an old driver: `announce` says so
+        available = ["cuda"] * torch.cuda.is_available()
+    available += ["mps"] * torch.backends.mps.is_available()
     best = [*available, "cpu"][0]
     if name not in ("auto", "cpu", *available):
-        raise ValueError(f"--device {name}: this machine has no such device; try --device {best}")
+        why = f" ({why_no_gpu()})" if why_no_gpu() else ""
+        raise ValueError(f"--device {name}: this machine has no such device{why}; try --device "
+                         f"{best}")
     return torch.device(best if name == "auto" else name)
 
 
-def pick_dtype(name, device):
-    """torch.float32 or torch.bfloat16; 'auto' is bfloat16 on CUDA or ROCm, and None elsewhere."""
-    automatic = torch.bfloat16 if device.type == "cuda" else None
-    return automatic if name == "auto" else getattr(torch, name)
+def pick_dtype(name, device, config):
+    """The dtype to compute in with a model of this WanConfig; None for float32, and for the text
+    encoder that of its file.
+
+    'auto' is bfloat16 for Wan on CUDA or ROCm, and None elsewhere. The toy's results in the
+    documents are of float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda" or is_toy(config):
+        return None
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def has_bfloat16():
+    """Whether the current GPU computes in bfloat16: NVIDIA's do from compute capability 8.0 on."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def announce(device, dtype, asked="auto"):
+    """Print the device and the dtype, on the first rank: every program's first line.
+
+    It also says why it is not bfloat16 on a GPU, or no GPU though one seems to be there.
+    dtype: of `pick_dtype`.
+    asked: the value of --device.
+
+    ValueError if torch finds the device but cannot compute on it: it may be too old, say.
+    """
+    try:
+        (torch.ones(1, device=device) + 1).item()
+    except (AssertionError, RuntimeError) as error:
+        line, *_ = str(error).splitlines()
+        raise ValueError(f"--device {device.type}: {line}; try --device cpu") from None
+    name, why = device.type, None
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"{name} ({torch.cuda.get_device_name(device)})"
+        if dtype == torch.float32 and not has_bfloat16():
+            why = "this GPU has no bfloat16, so all takes longer, and twice the memory"
+    if name == "cpu" and asked == "auto":
+        why = why_no_gpu()
+    if os.environ.get("RANK", "0") == "0":
+        line = f"device: {name}, {str(dtype or torch.float32).removeprefix('torch.')}"
+        print(f"{line}; {why}" if why else line, flush=True)
+
+
+def why_no_gpu():
+    """Why a GPU that seems to be there is not used, or None."""
+    if platform.system() == "Darwin":
+        found = platform.machine() == "arm64" and not torch.backends.mps.is_available()
+        return "the Mac's GPU is not used: PyTorch needs a newer macOS for it" if found else None
+    nvidia = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if not nvidia and not Path("/dev/kfd").exists():
+        return None
+    maker, wanted = ("NVIDIA", "CUDA") if nvidia else ("AMD", "ROCm")
+    if not (torch.version.cuda if nvidia else torch.version.hip):
+        return (f"the {maker} GPU is not used: this torch has no {wanted}; pytorch.org says how to "
+                f"install one that has")
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        line, *_ = str(error).splitlines()
+        return f"the {maker} GPU is not used: {line}"
+    return None

@@ -27,18 +27,22 @@ def init_distributed(device_name):
             raise ValueError(f"torchrun started more processes than this machine's "
                              f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
-    if dist.is_initialized():
-        return device
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         # torchrun's store survives a restart, so it still holds the addresses of dead ranks.
         store, rank, ranks = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=dist.PrefixStore(restart_count(), store), rank=rank,
-                                world_size=ranks)
-    elif device.type == "cuda":  # a group of one, as it is FSDP that computes in bfloat16
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(leave)
+        join(device, dist.PrefixStore(restart_count(), store), rank, ranks)
     return device
+
+
+def join(device, store, rank=0, ranks=1):
+    """Join a process group. ValueError if this torch cannot have one for the device."""
+    if device.type == "mps" or device.type == "cuda" and not dist.is_nccl_available():
+        raise ValueError("this torch has no NCCL, as on Windows and macOS. Several GPUs need it, "
+                         "and one GPU to train whole models in bfloat16; use Linux (or WSL2), or "
+                         "on one GPU --lora, --dtype float32 or --device cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                            rank=rank, world_size=ranks)
+    atexit.register(leave)
 
 
 def leave():
@@ -68,8 +72,11 @@ def shard(model, device, dtype=None):
 
     The matrices of one block at a time are gathered, in `dtype`, to compute with; None is their
     own. Gradients are averaged over the ranks in float32.
-    Without a process group, the model only moves to the device.
+    A single process only moves the model to the device, unless it is to compute in bfloat16 with
+    weights in float32: that, too, is FSDP's work.
     """
+    if dtype == torch.bfloat16 and not dist.is_initialized():
+        join(device, dist.HashStore())
     if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
 
@@ -133,6 +140,10 @@ class Watchdog:
 
     Each rank counts heartbeats in torchrun's store. When one rank's count has not changed for
     PATIENCE seconds, the others name it and exit, so that torchrun can end or restart them all.
+
+    A rank whose own heartbeat was late has no right to judge. Something held Python's lock, such as
+    safetensors while it writes a checkpoint, and the others may be at the same. So it restarts
+    their clocks, and grants them the time that it took itself.
     """
 
     def __enter__(self):
@@ -155,12 +166,16 @@ class Watchdog:
         seen = {key: (0, time.monotonic()) for key in keys}
         try:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            last = time.monotonic()
             while not self.ended.wait(BEAT):
                 store.add(keys[rank()], 1)
                 now = time.monotonic()
+                late, last = now - last - BEAT, now
                 for i, key in enumerate(keys):
                     beats = store.add(key, 0)
-                    if beats != seen[key][0]:
+                    if late > BEAT:
+                        seen[key] = beats, now + late
+                    elif beats != seen[key][0]:
                         seen[key] = beats, now
                     elif now - seen[key][1] > PATIENCE and beats < DONE:
                         self.exit(f"rank {i} has died, or hangs")

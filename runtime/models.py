@@ -83,7 +83,7 @@ def load_models(args, device):
         print("note: no interpolator.safetensors beside the model, so the student will sample at "
               "the full frame rate")
     if args.lora:
-        dtype = cli.pick_dtype(args.dtype, device)
+        dtype = cli.pick_dtype(args.dtype, device, WanConfig.from_pretrained(args.model))
         base = WanModel.from_pretrained(args.model, dtype or torch.float32)
         base.gradient_checkpointing = recomputes(args)
         # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP
@@ -100,7 +100,7 @@ def load_sharded(args, path, device):
     """A model with weights in float32, sharded over the ranks."""
     model = WanModel.from_pretrained(path)
     model.gradient_checkpointing = recomputes(args)
-    model = shard(model, device, cli.pick_dtype(args.dtype, device))
+    model = shard(model, device, cli.pick_dtype(args.dtype, device, model.config))
     return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 

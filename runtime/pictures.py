@@ -8,6 +8,7 @@ from runtime.distributed import broadcast, rank
 from runtime.media import thumbnails, write_contact_sheet
 from runtime.run import make_generator
 from tiny_wan import ToyCodec, WanConfig, open_codec, world
+from tiny_wan.codec import is_out_of_memory
 
 GRID_SEED = 1000  # its prompts are for pictures and for choosing; no training run uses it
 
@@ -38,7 +39,9 @@ class Pictures:
             return {}
         try:
             videos = self.open_codec().decode(latents).cpu()
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             tqdm.write(f"{path}: not written ({error})")
             return {}
         write_contact_sheet(path, map(thumbnails, videos))

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Literal
@@ -134,17 +134,20 @@ class Run:
         self.args, self.state = args, state
         make_folder(args.out)
         (args.out / "samples").mkdir(exist_ok=True)
-        self.lock = lock_folder(args.out)  # first, as two runs would confuse each other's checks
-        check_shared(args.out)
-        self.checkpointer = Checkpointer(args)
-        self.start = self.checkpointer.load(state)
-        if rank() == 0:
-            for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
-                truncate_log(args.out / log, self.start)
+        with ExitStack() as stack:  # an error in here must free the folder
+            # First, as two runs would confuse each other's checks.
+            stack.enter_context(lock_folder(args.out))
+            check_shared(args.out)
+            self.checkpointer = Checkpointer(args)
+            self.start = self.checkpointer.load(state)
+            if rank() == 0:
+                for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
+                    truncate_log(args.out / log, self.start)
+            self.stack = stack.pop_all()
         self.skips, self.waited, self.motion = 0, 0.0, deque(maxlen=MOTION_WINDOW)
 
     def __enter__(self):
-        args, self.stack = self.args, ExitStack()
+        args = self.args
         self.bar = self.stack.enter_context(tqdm(
             range(self.start, args.steps), initial=self.start, total=args.steps,
             desc=args.out.name, disable=rank() > 0))
@@ -153,7 +156,6 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        del self.lock
         return self.stack.__exit__(*error)
 
     def steps(self):
@@ -292,22 +294,24 @@ def check_shared(folder):
             raise ValueError(f"--out {folder} must be a folder that all nodes share")
 
 
+@contextmanager
 def lock_folder(folder):
-    """Rank 0's lock on a folder: an open file, to be kept as long. ValueError, on all ranks, if
-    another process has it.
+    """A context in which rank 0 has the lock on a folder. ValueError, on all ranks, if another
+    process has it.
     """
-    lock = problem = None
-    if rank() == 0 and fcntl:
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - it stays open
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"--out {folder}: another process is writing there; wait for it, or stop it"
-        except OSError:  # some network file systems have no locks
-            pass
-    if problem := broadcast(problem):
-        raise ValueError(problem)
-    return lock
+    problem = None
+    with open(folder / "lock", "w") if rank() == 0 and fcntl else nullcontext() as lock:
+        if lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = (f"--out {folder}: another process is writing there; wait for it, or "
+                           f"stop it")
+            except OSError:  # some network file systems have no locks
+                pass
+        if problem := broadcast(problem):
+            raise ValueError(problem)
+        yield
 
 
 def truncate_log(log, count):

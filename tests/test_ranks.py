@@ -478,10 +478,11 @@ sys.exit(train.main([arg.replace("RANK", os.environ["RANK"]) for arg in sys.argv
 
 @pytest.mark.long
 def test_a_second_run_leaves_the_first_ones_folder_alone(toy_folder, tmp_path):
-    lock, token = lock_folder(tmp_path), tmp_path / "ranks"
+    token = tmp_path / "ranks"
     token.write_text("of the first run, which checks that its nodes share the folder")
-    result = on_two_ranks(toy_folder, tmp_path)
-    assert lock and result.returncode and result.stderr.count("another process is writing") == 2
+    with lock_folder(tmp_path):
+        result = on_two_ranks(toy_folder, tmp_path)
+    assert result.returncode and result.stderr.count("another process is writing") == 2
     assert token.read_text().startswith("of the first run")
 
 

@@ -312,9 +312,8 @@ def test_what_is_saved_has_the_users_permissions(toy_folder, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
 def test_a_folder_has_one_run_at_a_time(toy_folder, tmp_path, capsys):
-    lock = run.lock_folder(tmp_path)
-    assert "another process" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
-    del lock
+    with run.lock_folder(tmp_path):
+        assert "another process" in complaint(capsys, distill(toy_folder, tmp_path, steps=1))
     assert distill(toy_folder, tmp_path, steps=1) == 0
 
 

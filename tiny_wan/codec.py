@@ -7,6 +7,7 @@ encoder and VAE. These run in transformers and diffusers, from either layout of 
 import gc
 import html
 import logging
+import re
 import zipfile
 from contextlib import contextmanager
 from functools import cached_property
@@ -163,7 +164,7 @@ class WanCodec(Codec):
         yield encode
         encoder = None  # otherwise the caller's `encode` would keep it in memory
         gc.collect()
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
 
     def prepare(self):
         return self.vae
@@ -199,13 +200,18 @@ class WanCodec(Codec):
         """Once memory has run out, the VAE works in tiles of the picture, which takes longer."""
         try:
             return getattr(self.vae, method)(x.to(self.device, self.vae_dtype))
-        except torch.OutOfMemoryError:
-            if self.vae.use_tiling:
+        except (RuntimeError, MemoryError) as error:
+            if self.vae.use_tiling or not is_out_of_memory(error):
                 raise
         tqdm.write("note: memory ran out in the VAE, which goes on in tiles")
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
         self.vae.enable_tiling()
         return self.run_vae(method, x)
+
+
+def is_toy(config):
+    """Whether a transformer with this WanConfig is of the toy world."""
+    return (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim)
 
 
 def open_codec(path, config, other=None, **options):
@@ -215,12 +221,23 @@ def open_codec(path, config, other=None, **options):
     other: a folder with Wan's text encoder and VAE; by default the transformer's own.
     options: WanCodec's arguments; the toy's codec has none.
     """
-    if (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim):
+    if is_toy(config):
         return ToyCodec()
     if config.in_dim != WanCodec.channels:
         raise ValueError(f"{path}: its latents have {config.in_dim} channels, but those of "
                          f"Wan2.1's VAE have {WanCodec.channels}")
     return WanCodec(other or checkpoint.home(path), **options)
+
+
+# On MPS and on the CPU, running out of memory is a plain RuntimeError.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|Invalid buffer size")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None)
 
 
 @contextmanager

@@ -83,8 +83,9 @@ def run(args):
     excluded = {plain(prompt) for prompt in excluded}
     captions, skipped = find_captions(args, excluded)
     config = WanModel.from_pretrained(args.model, device="meta").config
-    codec = open_codec(args.model, config, args.codec, device=device,
-                       dtype=cli.pick_dtype(args.dtype, device))
+    dtype = cli.pick_dtype(args.dtype, device, config)
+    cli.announce(device, dtype, args.device)
+    codec = open_codec(args.model, config, args.codec, device=device, dtype=dtype)
     if isinstance(codec, ToyCodec):
         raise ValueError(f"{args.model}: the toy needs no shards; train.py makes its videos")
     null_prompt = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
@@ -95,25 +96,24 @@ def run(args):
     if args.videos:
         codec.prepare()
     args.out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.out)  # noqa: F841 - held as long as this name
-
-    done = {name: caption for shard in read_shards(args.out, settings).values()
-            for name, caption in shard.items()}
-    stale = [name for name, caption in done.items()
-             if is_excluded(caption, excluded) or captions.get(name, caption) != caption]
-    if stale:
-        raise ValueError(f"{args.out}: {len(stale)} of its samples, such as {stale[0]!r}, now have "
-                         f"another caption or an excluded one; choose another --out")
-    todo = [item for item in captions.items() if item[0] not in done]
-    if group:
-        dist.barrier(group)  # no rank writes before all have read what is done
-    null_text, broken = encode(args, codec, todo[rank()::world_size()], settings)
-    all_broken = [broken]
-    if group:
-        all_broken = [None] * world_size()
-        dist.all_gather_object(all_broken, broken, group)
-    if rank() == 0:
-        finish(args.out, settings, dict(ChainMap(skipped, *all_broken)), null_text)
+    with lock_folder(args.out):
+        done = {name: caption for shard in read_shards(args.out, settings).values()
+                for name, caption in shard.items()}
+        stale = [name for name, caption in done.items()
+                 if is_excluded(caption, excluded) or captions.get(name, caption) != caption]
+        if stale:
+            raise ValueError(f"{args.out}: {len(stale)} of its samples, such as {stale[0]!r}, now "
+                             f"have another caption or an excluded one; choose another --out")
+        todo = [item for item in captions.items() if item[0] not in done]
+        if group:
+            dist.barrier(group)  # no rank writes before all have read what is done
+        null_text, broken = encode(args, codec, todo[rank()::world_size()], settings)
+        all_broken = [broken]
+        if group:
+            all_broken = [None] * world_size()
+            dist.all_gather_object(all_broken, broken, group)
+        if rank() == 0:
+            finish(args.out, settings, dict(ChainMap(skipped, *all_broken)), null_text)
 
 
 def encode(args, codec, items, settings):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from runtime import cli
 
 ROOT = Path(__file__).parents[1]
@@ -33,19 +34,23 @@ def run(_):
         raise ValueError("torch finds no NVIDIA or AMD GPU. Without a GPU, `make test` runs the "
                          "kernels in Triton's interpreter and `python -m kernels.bench` compiles "
                          "them.")
+    if kernels.import_error:
+        raise ValueError(f"there are no kernels to check: {kernels.reason(kernels.import_error)}")
     import triton
     failed = False
     print(f"```\n{torch.cuda.get_device_name()}, torch {torch.__version__}, "
           f"triton {triton.__version__}, {sys.platform}")
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder, "times.jsonl")
-        for command, summary in (
-                ("-m pytest -q tests/test_kernels.py", lambda lines: lines[-1:]),
-                ("-m kernels.bench", lambda lines: [x for x in lines if x.startswith("operation")]),
-                (f"train.py distill --out {folder} --steps 3 --device cuda --dtype bfloat16",
+        for words, summary in (
+                (["-m", "pytest", "-q", "tests/test_kernels.py"], lambda lines: lines[-1:]),
+                (["-m", "kernels.bench"],
+                 lambda lines: [line for line in lines if line.startswith("operation")]),
+                (["train.py", "distill", "--out", folder, "--steps", "3", "--device", "cuda",
+                  "--dtype", "bfloat16"],
                  lambda lines: [lines[-1], *times.read_text().splitlines()])):
-            print(f"python {command}", flush=True)
-            done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, text=True,
+            print("python", *words, flush=True)
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             lines = done.stdout.splitlines()
             print(*(["FAILED", *lines[-20:]] if done.returncode else summary(lines)), sep="\n")

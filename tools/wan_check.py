@@ -61,8 +61,8 @@ def main(argv=None):
 
 def run(args):
     device, out = cli.pick_device(args.device), args.out
-    if device.type == "cuda":
-        print(torch.cuda.get_device_name())
+    config = WanConfig.from_pretrained(args.model)
+    cli.announce(device, cli.pick_dtype("auto", device, config), args.device)
     size = ["--frames", args.frames, "--height", args.height, "--width", args.width]
     where = ["--device", device.type]
     teacher = ["--model", args.model, "--codec", args.model, "--teacher", "--steps", args.steps]
@@ -99,7 +99,7 @@ def run(args):
         if name == "teacher":
             news.append(compare(args, device))
             gc.collect()  # of diffusers' pipeline; the next stages need its memory
-            torch.cuda.empty_cache()
+            torch.accelerator.empty_cache()
         print(*news, sep="\n", flush=True)
         lines += news
     steps = (out / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -167,9 +167,10 @@ def compare(args, device):
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     ours = load_file(args.out / "teacher" / "latents.safetensors")["latents"][:1]
-    dtype = cli.pick_dtype("auto", device) or torch.float32
     config = WanConfig.from_pretrained(args.model)
-    codec = open_codec(args.model, config, device=device, dtype=cli.pick_dtype("auto", device))
+    dtype = cli.pick_dtype("auto", device, config)
+    codec = open_codec(args.model, config, device=device, dtype=dtype)
+    dtype = dtype or torch.float32
     text = codec.encode_text([PROMPTS[0], codec.negative_prompt])
     text = F.pad(text, (0, 0, 0, config.text_len - text.shape[1]))  # as the pipeline would
     model = WanModel.from_pretrained(args.model, dtype)
