@@ -140,7 +140,7 @@ def normaliser(x0, x0_real):
 def undo_normaliser(monkeypatch, sigma):
     def kl_gradient(x0, x0_fake, x0_real):
         difference = normaliser(x0, x0_real) * dmd_gradient(x0, x0_fake, x0_real)
-        return ((1 - sigma) / sigma)**2 * difference
+        return (((1 - sigma) / sigma)**2 * difference).float()  # as dmd_gradient
 
     dmd_gradient = adavid.dmd_gradient
     monkeypatch.setattr(adavid, "dmd_gradient", kl_gradient)

@@ -164,7 +164,7 @@ class WanCodec(Codec):
         yield encode
         encoder = None  # otherwise the caller's `encode` would keep it in memory
         gc.collect()
-        torch.accelerator.empty_cache()
+        empty_cache()
 
     def prepare(self):
         return self.vae
@@ -204,7 +204,7 @@ class WanCodec(Codec):
             if self.vae.use_tiling or not is_out_of_memory(error):
                 raise
         tqdm.write("note: memory ran out in the VAE, which goes on in tiles")
-        torch.accelerator.empty_cache()
+        empty_cache()
         self.vae.enable_tiling()
         return self.run_vae(method, x)
 
@@ -227,6 +227,12 @@ def open_codec(path, config, other=None, **options):
         raise ValueError(f"{path}: its latents have {config.in_dim} channels, but those of "
                          f"Wan2.1's VAE have {WanCodec.channels}")
     return WanCodec(other or checkpoint.home(path), **options)
+
+
+def empty_cache():
+    """Give the GPU's memory that PyTorch keeps for later back, if there is a GPU."""
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 # On MPS and on the CPU, running out of memory is a plain RuntimeError.

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from runtime import cli
 from tiny_wan import WanCodec, WanConfig, WanModel, open_codec
+from tiny_wan.codec import empty_cache
 from tools import costs
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def run(args):
         if name == "teacher":
             news.append(compare(args, device))
             gc.collect()  # of diffusers' pipeline; the next stages need its memory
-            torch.accelerator.empty_cache()
+            empty_cache()
         print(*news, sep="\n", flush=True)
         lines += news
     steps = (out / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
