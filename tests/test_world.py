@@ -203,7 +203,8 @@ def test_the_command_measures_oracle_teacher_and_hardness(toy_folder, tmp_path, 
     copy.write_text(tool.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     assert tool.main(["--model", str(toy_folder), "--prompts", "8", "--steps", "2", "--page",
                       str(copy), "--device", "cpu"]) == 0
-    said, text = capsys.readouterr().out, copy.read_text(encoding="utf-8")
+    (device, _, said), text = capsys.readouterr().out.partition("\n"), copy.read_text("utf-8")
+    assert device.startswith("device: cpu, float32")
     tables = [table.splitlines() for table in said.strip().split("\n\n")]
     assert all("\n".join(table) in text for table in tables)
     (_, _, real, noise, blends, teacher), (_, _, *timesteps) = tables
