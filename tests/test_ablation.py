@@ -35,10 +35,19 @@ count = 30
 share = 0.5
 kinds = ["cut", "night"]
 
-[students]
-dmd = { flags = "--steps 1 --batch-size 2 --lambda-reg 0 --lambda-temp 0", forwards = 3 }
-avd = { data = "spoilt", flags = "--steps 1 --batch-size 2", forwards = 3 }
-spread = { cache = "spread", flags = "--steps 1 --batch-size 2", forwards = 3 }
+[students.dmd]
+flags = "--steps 1 --batch-size 2 --critic-updates 1 --lambda-reg 0 --lambda-temp 0"
+forwards = 3
+
+[students.avd]
+data = "spoilt"
+flags = "--steps 1 --batch-size 2 --critic-updates 1"
+forwards = 3
+
+[students.spread]
+cache = "spread"
+flags = "--steps 1 --batch-size 2 --critic-updates 1"
+forwards = 3
 
 [rows]
 real = { title = "real videos", sampler = "real" }
