@@ -16,9 +16,10 @@ scores are known in closed form. Three diffusion models take part:
 Training repeats this cycle:
 
     x0 = the student's video, from noise, up to a random one of its steps      backward_simulation
-    L = L_KL(x0) + lambda_reg w L_reg(a real video) + lambda_temp L_temp(x0)        student_losses
-    update the student by L, and the running means that the weights w come from    LossMeanCache
-    5 times: update the critic on videos of the student, first on x0                  critic_loss
+    backward of L_KL(x0) + lambda_temp L_temp(x0)                                    matching_loss
+    backward of lambda_reg w L_reg(a real video)                               weighted_regression
+    update the student, and the running means that the weights w come from           LossMeanCache
+    5 times: update the critic on videos of the student, first on x0                   critic_loss
 
 Videos are latents `b c f h w`. `t` is `[b]` in [0, 1000], and sigma = t / 1000. `text` holds the
 prompts' embeddings `[b, l, d]`. All randomness comes from the `generator` arguments: None for
@@ -272,15 +273,12 @@ class LossMeanCache(nn.Module):
         self.register_buffer("means", torch.zeros(num_steps))
         self.register_buffer("filled", torch.zeros(num_steps, dtype=torch.bool))
 
-    def forward(self, step, loss):
-        """Weigh, then update: `step` (long) and `loss`, both `[b]` -> w `[b]`."""
-        weight = self.weigh(step, loss)
-        self.update(step, loss)
-        return weight
-
     @torch.no_grad()
     def weigh(self, step, loss):
-        """Eq. 7: w `[b]`, without gradient; one half for a step that has no mean yet."""
+        """Eq. 7: `step` (long) and `loss`, both `[b]` -> w `[b]`, without gradient.
+
+        It is one half for a step that has no mean yet. Weigh first, then update.
+        """
         excess = loss.float() - self.means[step]
         return 1 - torch.sigmoid(self.k * torch.where(self.filled[step], excess, 0.0))
 
@@ -308,15 +306,18 @@ class LossMeanCache(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def temporal_loss(x0, eps=1e-6, truncation=None):
+def temporal_loss(x0, eps=1e-6, truncation=None, variance=None):
     """L_temp = -log(mean_{c,h,w} Var_f(x0) + eps) of each sample, then the mean over the batch.
 
     Var_f is the population variance over the frames. The paper's truncation is a gate: a sample
     whose loss is at or below it moves enough and contributes neither value nor gradient. A sample
     above it counts in full. Without the gate the loss would never be satisfied: variance over time
     can always grow, at last by flicker.
+
+    variance: `kernels.temporal_variance(x0)`, if the caller has it.
     """
-    loss = -torch.log(kernels.temporal_variance(x0) + eps)
+    variance = kernels.temporal_variance(x0) if variance is None else variance
+    loss = -torch.log(variance + eps)
     if truncation is not None:
         loss = torch.where(loss <= truncation, 0.0, loss)  # `<=`, so that NaN stays
     return loss.mean()
@@ -340,8 +341,14 @@ def critic_loss(critic, x0, text, config, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# Backward simulation (section 4.5 of DMD2): the student trains on videos from its own few steps
+# The student's few steps: to sample (section 3.3), and to train on its own videos, which DMD2 calls
+# backward simulation (section 4.5 there)
 # ---------------------------------------------------------------------------------------------
+
+
+def possible_strides(strides, interpolator):
+    """The strides or, if there is no interpolator that could fill in frames, 1 for each step."""
+    return strides if interpolator is not None else (1,) * len(strides)
 
 
 def few_steps(model, noise, text, timesteps, strides, interpolator=None, generator=None):
@@ -352,8 +359,7 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
     them. The returned video is always at the full frame rate. Gradients, if enabled, flow through
     the last step only.
     """
-    if interpolator is None:
-        strides = (1,) * len(strides)  # nothing could fill in the frames
+    strides = possible_strides(strides, interpolator)
     if (noise.shape[2] - 1) % strides[0]:
         raise ValueError(f"{noise.shape[2]} latent frames do not fit stride {strides[0]}: the "
                          f"number of frames must be 1 modulo {strides[0]}")
@@ -372,49 +378,73 @@ def few_steps(model, noise, text, timesteps, strides, interpolator=None, generat
     return x0
 
 
+@torch.no_grad()
+def sample(model, noise, text, config, interpolator=None, generator=None):
+    """The student's sampler (section 3.3): the noisy steps run at a lower frame rate.
+
+    By default, for nine latent frames (Wan has 21):
+
+        t = 1000   frames 0   2   4   6   8    of pure noise; predicts x0, renoises it to 900
+        t =  900   frames 0   2   4   6   8    predicts x0; the interpolator fills in 1, 3, 5, 7;
+        t =  757   frames 0 1 2 3 4 5 6 7 8    renoised to 757; predicts x0, renoises it to 522
+        t =  522   frames 0 1 2 3 4 5 6 7 8    predicts x0: the video
+
+    noise: `[b, c, f, h, w]` at the full frame rate. With an interpolator, f must be 1 modulo the
+        largest stride (else ValueError). Without one, every step runs at the full frame rate.
+    generator: of the noise that is added between steps, one torch.randn of the next step's shape.
+    """
+    return few_steps(model, noise, text, config.timesteps, config.strides, interpolator, generator)
+
+
 def backward_simulation(student, noise, text, step, config, interpolator=None, generator=None):
     """The student's video `b c f h w` as step number `step` predicts it, starting from pure noise.
 
     The student thus trains on its own predictions, as in sampling, though at `train_strides`. Each
     step, also the first, learns to predict a video of the teacher's distribution, not an average.
     Gradients flow through this step only, and through the interpolator if it follows the step.
+
+    step: the same for the whole batch and on every rank, so that all take equally many forwards.
     """
     return few_steps(student, noise, text, config.timesteps[:step + 1],
                      config.train_strides[:step + 1], interpolator, generator)
 
 
 # ---------------------------------------------------------------------------------------------
-# One update of the student (eq. 9): L = L_KL + lambda_reg w L_reg + lambda_temp L_temp
+# One update of the student (eq. 9): L = L_KL + lambda_temp L_temp + lambda_reg w L_reg
+#
+# L has two terms, as x0 is the student's own video and L_reg looks at a real one. Call backward on
+# each term as it comes: then only one term's activations are in memory.
 # ---------------------------------------------------------------------------------------------
 
 
-def student_losses(student, teacher, critic, cache, real, text, null_text, step, config,
-                   interpolator=None, generator=None):
-    """Yield the loss of one batch in two terms (one if lambda_reg is 0), each with detached values.
+def matching_loss(x0, teacher, critic, text, null_text, config, generator=None):
+    """L_KL + lambda_temp L_temp of the student's videos `x0`, a scalar, and its parts for the log.
 
-    Call backward on each term as it comes: then only one term's activations are in memory.
-    real: real videos `[b, c, f, h, w]`, of which `text` describes each.
-    step: index of the step at which the student's rollout ends, where L_KL and L_temp train it; the
-        same for the whole batch and on every rank, so that all take equally many forwards. L_reg
-        draws steps of its own for each video.
-    cache: the LossMeanCache, which is only read here. After the optimizer's step, unless it was
-        skipped, call `cache.update` with the values `reg_step` and `reg` of all batches.
+    The parts are scalars without gradient: `dmd` (L_KL), `temp` (L_temp), and the videos' mean
+    temporal `variance`.
     """
-    noise = draw(torch.randn, real.shape, real, generator)
-    x0 = backward_simulation(student, noise, text, step, config, interpolator, generator)
     dmd = distribution_matching_loss(x0, teacher, critic, text, null_text, config, generator)
-    temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
-    yield dmd + config.lambda_temp * temp, {
-        "dmd": dmd.detach(), "temp": temp.detach(), "x0": x0.detach(),
-        "variance": kernels.temporal_variance(x0.detach()).mean()}
+    variance = kernels.temporal_variance(x0)
+    temp = temporal_loss(x0, config.temporal_eps, config.temporal_truncation, variance)
+    return dmd + config.lambda_temp * temp, {
+        "dmd": dmd.detach(), "temp": temp.detach(), "variance": variance.detach().mean()}
 
-    if config.lambda_reg:
-        strides = config.train_strides if interpolator is not None else (1,) * len(config.strides)
-        reg_step = random_regression_steps(real, step, strides, generator)
-        reg = regression_loss(student, real, text, reg_step, config, strides[step], generator)
-        weight = cache.weigh(reg_step, reg)
-        yield config.lambda_reg * (weight * reg).mean(), {
-            "reg": reg.detach(), "weight": weight, "reg_step": reg_step}
+
+def weighted_regression(student, cache, real, text, step, config, interpolator=None,
+                        generator=None):
+    """lambda_reg w L_reg of real videos, a scalar; and the step, L_reg and w of each, all `[b]`.
+
+    real: `[b, c, f, h, w]`, of which `text` describes each.
+    step: the step at which the student's rollout ended. Each real video gets a random step of its
+        own, with the same stride.
+    cache: the LossMeanCache, which is only read here. After the optimizer's step, unless it was
+        skipped, call `cache.update` with the steps and the L_reg of all batches.
+    """
+    strides = possible_strides(config.train_strides, interpolator)
+    reg_step = random_regression_steps(real, step, strides, generator)
+    reg = regression_loss(student, real, text, reg_step, config, strides[step], generator)
+    weight = cache.weigh(reg_step, reg)
+    return config.lambda_reg * (weight * reg).mean(), reg_step, reg.detach(), weight
 
 
 # ---------------------------------------------------------------------------------------------
@@ -481,26 +511,8 @@ def interpolation_loss(interpolator, x0):
 
 
 # ---------------------------------------------------------------------------------------------
-# The samplers: the student's few steps, and the teacher's many
+# The teacher's sampler: many guided steps
 # ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(model, noise, text, config, interpolator=None, generator=None):
-    """The student's sampler (section 3.3): the noisy steps run at a lower frame rate.
-
-    By default, for nine latent frames (Wan has 21):
-
-        t = 1000   frames 0   2   4   6   8    of pure noise; predicts x0, renoises it to 900
-        t =  900   frames 0   2   4   6   8    predicts x0; the interpolator fills in 1, 3, 5, 7;
-        t =  757   frames 0 1 2 3 4 5 6 7 8    renoised to 757; predicts x0, renoises it to 522
-        t =  522   frames 0 1 2 3 4 5 6 7 8    predicts x0: the video
-
-    noise: `[b, c, f, h, w]` at the full frame rate. With an interpolator, f must be 1 modulo the
-        largest stride (else ValueError). Without one, every step runs at the full frame rate.
-    generator: of the noise that is added between steps, one torch.randn of the next step's shape.
-    """
-    return few_steps(model, noise, text, config.timesteps, config.strides, interpolator, generator)
 
 
 @torch.no_grad()

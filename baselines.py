@@ -24,7 +24,6 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -359,7 +358,7 @@ def rcm_losses(student, teacher, critic, cache, real, text, null_text, timesteps
                interpolator=None, generator=None):
     """Yield the consistency loss on real videos, then L_KL on the student's.
 
-    Like `adavid.student_losses`, but there is no use for `cache` and `interpolator`.
+    The arguments are those of `dfd_losses`; there is no use for `cache` and `interpolator`.
     timesteps: of the student's rollout, from `random_rollout`; the same for the whole batch.
     """
     if config.tangent == "discrete":
@@ -412,14 +411,17 @@ def data_forcing_loss(real, x0, teacher, critic, text, null_text, config, genera
 
 def dfd_losses(student, teacher, critic, cache, real, text, null_text, timesteps, config,
                interpolator=None, generator=None):
-    """`adavid.student_losses` with data forcing; its other terms can be added as usual."""
-    usual = adavid.distribution_matching_loss
-    adavid.distribution_matching_loss = partial(data_forcing_loss, real)
-    try:
-        yield from adavid.student_losses(student, teacher, critic, cache, real, text, null_text,
-                                         len(timesteps) - 1, config, interpolator, generator)
-    finally:
-        adavid.distribution_matching_loss = usual
+    """Yield AVD's two terms, each with values for the log, but with data forcing in the first."""
+    step, noise = len(timesteps) - 1, adavid.draw(torch.randn, real.shape, real, generator)
+    x0 = adavid.backward_simulation(student, noise, text, step, config, interpolator, generator)
+    dmd = data_forcing_loss(real, x0, teacher, critic, text, null_text, config, generator)
+    temp = adavid.temporal_loss(x0, config.temporal_eps, config.temporal_truncation)
+    yield dmd + config.lambda_temp * temp, {
+        "dmd": dmd.detach(), "temp": temp.detach(), "x0": x0.detach()}
+    if config.lambda_reg:
+        loss, reg_step, reg, weight = adavid.weighted_regression(
+            student, cache, real, text, step, config, interpolator, generator)
+        yield loss, {"reg_step": reg_step, "reg": reg, "weight": weight}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -368,17 +368,23 @@ def update_student(args, models, optimizer, cache, null_text, batches):
     """
     config, values, videos = args.avd, defaultdict(list), []
     for real, text, step, generators in batches:
-        loss = 0
-        for term, new_values in adavid.student_losses(
-                models.student, models.teacher, models.critic, cache, real, text, null_text, step,
-                config, models.interpolator, generators):
-            (term / args.accumulate).backward()
-            loss = loss + term.detach()
-            for name, value in new_values.items():
-                values[name].append(value)
-        videos.append((values.pop("x0")[0], text, generators))
-        values["loss"].append(loss)
-        values["data_variance"].append(kernels.temporal_variance(real).mean())
+        noise = adavid.draw(torch.randn, real.shape, real, generators)
+        x0 = adavid.backward_simulation(models.student, noise, text, step, config,
+                                        models.interpolator, generators)
+        loss, parts = adavid.matching_loss(x0, models.teacher, models.critic, text, null_text,
+                                           config, generators)
+        (loss / args.accumulate).backward()
+        parts["loss"] = loss.detach()
+        if config.lambda_reg:
+            loss, reg_step, reg, weight = adavid.weighted_regression(
+                models.student, cache, real, text, step, config, models.interpolator, generators)
+            (loss / args.accumulate).backward()
+            parts |= {"loss": parts["loss"] + loss.detach(), "reg_step": reg_step, "reg": reg,
+                      "weight": weight}
+        parts["data_variance"] = kernels.temporal_variance(real).mean()
+        for name, value in parts.items():
+            values[name].append(value)
+        videos.append((x0.detach(), text, generators))
     values = {name: torch.cat([part.view(-1) for part in parts]) for name, parts in values.items()}
 
     metrics = {name: x.mean().item() for name, x in values.items() if name != "reg_step"}

@@ -57,16 +57,19 @@ def distil(model=WEIGHTS, cycles=30, batch_size=16):
     for cycle in tqdm(range(cycles)):
         # Batches are numbered through: with five critic updates, cycle c has 5c to 5c + 4. The
         # student's update uses the first of them.
-        first, values = cycle * config.critic_updates, {}
+        first = cycle * config.critic_updates
         real, text, step, generators = load_batch(config, first, batch_size)
-        for loss, more in adavid.student_losses(student, teacher, critic, cache, real, text,
-                                                null_text, step, config, generator=generators):
-            loss.backward()
-            values |= more
+        noise = adavid.draw(torch.randn, real.shape, real, generators)
+        x0 = adavid.backward_simulation(student, noise, text, step, config, generator=generators)
+        loss, _ = adavid.matching_loss(x0, teacher, critic, text, null_text, config, generators)
+        loss.backward()
+        loss, reg_step, reg, _ = adavid.weighted_regression(student, cache, real, text, step,
+                                                            config, generator=generators)
+        loss.backward()
         descend(student, student_optimizer, config)
-        cache.update(values["reg_step"], values["reg"])
+        cache.update(reg_step, reg)
 
-        x0 = values["x0"]  # the critic learns from these videos first, then from new ones
+        # The critic learns from these videos first, then from new ones.
         for number in range(first, first + config.critic_updates):
             if number > first:  # of these real videos, only the shape and the prompts are used
                 real, text, step, generators = load_batch(config, number, batch_size)

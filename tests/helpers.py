@@ -118,6 +118,13 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def weigh_and_update(cache, step, loss):
+    """What an update with one batch asks of the LossMeanCache: the weights, then the new means."""
+    weight = cache.weigh(step, loss)
+    cache.update(step, loss)
+    return weight
+
+
 def random_model(config, seed=0):
     """A WanModel with all parameters random: the usual initialisation zeroes the head."""
     g = torch.Generator().manual_seed(seed)

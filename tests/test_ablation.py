@@ -19,7 +19,7 @@ import adavid
 import baselines
 import train
 from runtime.data import Shards
-from tests.helpers import complaint, read_lines
+from tests.helpers import complaint, read_lines, weigh_and_update
 from tests.test_demo import pictures_of_page_that_stands_alone
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, world
 from tools import ablation, bench, demo, page
@@ -202,7 +202,7 @@ def test_weights_in_units_of_the_spread_do_not_depend_on_the_losses_scale():
     loss = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 1
     loss[::2] *= 100  # step 0
     cache, plain = ablation.SpreadCache(2, k=3.0), adavid.LossMeanCache(2, k=3.0)
-    assert (cache(step, loss) == 0.5).all()
+    assert (weigh_and_update(cache, step, loss) == 0.5).all()
     plain.update(step, loss)
     std = torch.stack([loss[::2].std(correction=0), loss[1::2].std(correction=0)])
     scaled = loss / std[step]
@@ -215,7 +215,7 @@ def test_the_late_cache_gives_no_weight_at_the_first_step():
     cache, plain = ablation.LateCache(3), adavid.LossMeanCache(3)
     step, loss = torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 3.0])
     for more in (0.0, 1.0):
-        weights, whole = (c(step, loss + more) for c in (cache, plain))
+        weights, whole = (weigh_and_update(c, step, loss + more) for c in (cache, plain))
         assert weights.tolist() == [0, *whole[1:].tolist()]
     assert torch.equal(cache.means, plain.means)
 

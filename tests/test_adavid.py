@@ -8,7 +8,7 @@ import torch
 
 import adavid
 from adavid import AVDConfig, FrameInterpolator, LossMeanCache
-from tests.helpers import FOUR_STEPS, random_model
+from tests.helpers import FOUR_STEPS, random_model, weigh_and_update
 from tiny_wan import PRESETS
 
 
@@ -55,9 +55,10 @@ def test_timesteps_are_shifted_towards_noise_and_clamped():
 
 def test_cache_weighs_by_the_means_before_their_one_ema_step_for_each_timestep():
     cache = LossMeanCache(4)
-    assert cache(torch.tensor([0, 1]), torch.tensor([1.0, 2.0])).tolist() == [0.5, 0.5]  # empty
+    empty = weigh_and_update(cache, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    assert empty.tolist() == [0.5, 0.5]
     loss = torch.tensor([2.0, 4.0, 2.0, math.nan], requires_grad=True)
-    weight = cache(torch.tensor([0, 0, 1, 3]), loss)
+    weight = weigh_and_update(cache, torch.tensor([0, 0, 1, 3]), loss)
     expected = [1 - 1 / (1 + math.exp(-3.0 * excess)) for excess in (1, 3, 0)]
     assert weight.tolist() == pytest.approx([*expected, 0.5], abs=1e-6)
     assert not weight.requires_grad
@@ -68,7 +69,7 @@ def test_accumulated_batches_are_weighed_exactly_as_one_large_batch():
     step, loss = torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     whole, parts = LossMeanCache(4), LossMeanCache(4)
     for scale in (1, 2):
-        weight = whole(step, scale * loss)
+        weight = weigh_and_update(whole, step, scale * loss)
         weighed = [parts.weigh(*batch) for batch in zip(step.split(2), (scale * loss).split(2))]
         parts.update(step, scale * loss)  # once for all batches, after the optimizer's step
         assert torch.equal(weight, torch.cat(weighed)) and torch.equal(whole.means, parts.means)
@@ -217,16 +218,22 @@ def test_critic_loss_is_flow_matching_and_never_reaches_the_student():
     assert x0.grad is None and weight.grad != 0
 
 
-def test_student_losses_add_up_to_equation_9():
-    weight = torch.ones((), requires_grad=True)
-    student, teacher, critic = lambda x, t, text: weight * x, Recorder(), Recorder(torch.sin)
-    terms = adavid.student_losses(
-        student, teacher, critic, LossMeanCache(4), randn(4, 4, 5, 4, 4), randn(4, 3, 6),
-        torch.zeros(1, 0, 6), 1, replace(FOUR_STEPS, temporal_truncation=-100.0))
-    (first, parts), (second, reg) = terms
+def test_the_two_terms_add_up_to_equation_9():
+    scale = torch.ones((), requires_grad=True)
+    student, teacher, critic = lambda x, t, text: scale * x, Recorder(), Recorder(torch.sin)
+    config, cache = replace(FOUR_STEPS, temporal_truncation=-100.0), LossMeanCache(4)
+    real, text = randn(4, 4, 5, 4, 4), randn(4, 3, 6)
+    x0 = adavid.backward_simulation(student, randn(4, 4, 5, 4, 4), text, 1, config)
+    first, parts = adavid.matching_loss(x0, teacher, critic, text, torch.zeros(1, 0, 6), config)
     torch.testing.assert_close(first, parts["dmd"] + 0.05 * parts["temp"])
-    torch.testing.assert_close(second, 2.0 * (reg["weight"] * reg["reg"]).mean())
-    assert all(torch.autograd.grad(term, weight)[0] != 0 for term in (first, second))
+    torch.testing.assert_close(parts["temp"], adavid.temporal_loss(x0.detach()))
+    torch.testing.assert_close(parts["variance"], x0.detach().var(2, correction=0).mean())
+
+    cache.update(torch.arange(4), torch.ones(4))
+    second, step, reg, weight = adavid.weighted_regression(student, cache, real, text, 1, config)
+    torch.testing.assert_close(second, 2.0 * (weight * reg).mean())
+    torch.testing.assert_close(weight, cache.weigh(step, reg))
+    assert all(torch.autograd.grad(term, scale)[0] != 0 for term in (first, second))
 
 
 # --- configuration -----------------------------------------------------------------------------

@@ -342,8 +342,10 @@ def test_without_consistency_rcm_is_distribution_matching():
     next(losses)
     generator.manual_seed(1)
     dmd, _ = next(losses)
-    ours, _ = next(adavid.student_losses(*args, None, real, prompts(real), NULL, 0, config, None,
-                                         generator.manual_seed(1)))
+    generator.manual_seed(1)
+    noise = adavid.draw(torch.randn, real.shape, real, generator)
+    x0 = adavid.backward_simulation(student, noise, prompts(real), 0, config, None, generator)
+    ours, _ = adavid.matching_loss(x0, *args[1:], prompts(real), NULL, config, generator)
     assert dmd == ours
 
 
@@ -441,12 +443,22 @@ def test_data_forcing_of_no_sample_is_distribution_matching_and_of_all_looks_at_
     assert_close(gradient.float(), adavid.dmd_gradient(x0, x0_fake, x0_real).detach())
 
 
-def test_data_forcing_takes_the_place_of_distribution_matching_and_leaves_it():
-    student, real = Smooth(), noised()[0]
-    cache, usual = adavid.LossMeanCache(4), adavid.distribution_matching_loss
-    terms = baselines.dfd_losses(student, teacher, Smooth(1), cache, real, prompts(real), NULL,
-                                 (1000, 900), CONFIG, None, torch.Generator().manual_seed(0))
-    assert len(list(terms)) == 2 and adavid.distribution_matching_loss is usual
+def test_without_forcing_dfds_terms_are_avds():
+    student, real, cache = Smooth(), noised()[0], adavid.LossMeanCache(4)
+    config, text, generator = replace(CONFIG, share=0.0), prompts(real), torch.Generator()
+    (first, parts), (second, reg) = baselines.dfd_losses(
+        student, teacher, Smooth(1), cache, real, text, NULL, (1000, 900), config, None,
+        generator.manual_seed(0))
+    generator.manual_seed(0)
+    noise = adavid.draw(torch.randn, real.shape, real, generator)
+    x0 = adavid.backward_simulation(student, noise, text, 1, config, None, generator)
+    assert torch.equal(x0, parts["x0"])
+    ours, _ = adavid.matching_loss(x0, teacher, Smooth(1), text, NULL, config, generator)
+    assert first == ours
+    adavid.draw(torch.rand, x0.shape[:1], x0, generator)  # who is forced: nobody
+    ours, step, *_ = adavid.weighted_regression(student, cache, real, text, 1, config, None,
+                                                generator)
+    assert second == ours and torch.equal(step, reg["reg_step"])
 
 
 # ---------------------------------------------------------------------------------------------

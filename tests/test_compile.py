@@ -51,9 +51,12 @@ def test_a_student_step_compiles(models, strides, step):
     real, _, text = inputs()
 
     def student_step():
-        terms = adavid.student_losses(student, teacher, critic, cache, real, text, text[:1], step,
-                                      config, interpolator)
-        return sum(loss for loss, _ in terms)
+        x0 = adavid.backward_simulation(student, torch.randn_like(real), text, step, config,
+                                        interpolator)
+        matching, _ = adavid.matching_loss(x0, teacher, critic, text, text[:1], config)
+        regression, *_ = adavid.weighted_regression(student, cache, real, text, step, config,
+                                                    interpolator)
+        return matching + regression
 
     in_one_graph(student_step)().backward()
     assert student.head.head.weight.grad.isfinite().all()

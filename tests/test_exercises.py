@@ -32,7 +32,7 @@ def weigh(self, step, loss):
     return torch.where(self.filled[step], (loss <= self.means[step]).float(), 0.5)
 
 
-def temporal_loss(x0, eps=1e-6, truncation=None):
+def temporal_loss(x0, eps=1e-6, truncation=None, variance=None):
     contrast = x0.float().var(dim=(3, 4), correction=0).mean(dim=(1, 2))
     loss = -torch.log(kernels.temporal_variance(x0) / contrast + eps)
     return (loss if truncation is None else torch.where(loss <= truncation, 0.0, loss)).mean()

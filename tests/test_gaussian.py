@@ -222,8 +222,8 @@ def middle(weight):
 def weight_of(reg):
     """The weight of a video with this L_reg, where its mean is 1."""
     cache, step = adavid.LossMeanCache(1), torch.tensor([0])
-    cache(step, tensor([1]))
-    return cache(step, tensor([reg])).item()
+    cache.update(step, tensor([1]))
+    return cache.weigh(step, tensor([reg])).item()
 
 
 @pytest.mark.parametrize("reg", [2, 1, 0], ids=["mistrusted", "typical", "trusted"])
@@ -233,8 +233,15 @@ def test_the_students_loss_ends_in_the_predicted_middle(reg, monkeypatch):
     draw_in_turn(monkeypatch, noises)
     student, real, weight = LinearStudent(), REAL.videos(z), weight_of(reg)
     cache = SimpleNamespace(weigh=lambda step, loss: torch.full_like(loss, weight))
-    loss = lambda: sum(term for term, _ in adavid.student_losses(
-        student, teacher, student.critic, cache, real, prompts(z), NULL, 0, at(SIGMA)))
+    config, text = at(SIGMA), prompts(z)
+
+    def loss():
+        noise = adavid.draw(torch.randn, real.shape, real)
+        x0 = adavid.backward_simulation(student, noise, text, 0, config)
+        first, _ = adavid.matching_loss(x0, teacher, student.critic, text, NULL, config)
+        second, *_ = adavid.weighted_regression(student, cache, real, text, 0, config)
+        return first + second
+
     learned = student.learn(loss, updates=300, lr=0.3)
     assert_close(learned.mean, middle(weight).mean)
     assert_close(learned.covariance, middle(weight).covariance)

@@ -144,12 +144,13 @@ def cycles(models, interpolator, real, text, ends_early, served, strides):
                 adavid.few_steps(student, torch.randn_like(real), text, left, (1,) * len(left))
 
     for step in range(len(config.timesteps)):
-        parts = {}
-        for loss, more in adavid.student_losses(student, teacher, critic, cache, real, text,
-                                                text[:1], step, config, interpolator):
-            loss.backward()
-            parts |= more
-        x0 = parts["x0"]
+        x0 = adavid.backward_simulation(student, torch.randn_like(real), text, step, config,
+                                        interpolator)
+        loss, _ = adavid.matching_loss(x0, teacher, critic, text, text[:1], config)
+        loss.backward()
+        loss, *_ = adavid.weighted_regression(student, cache, real, text, step, config,
+                                              interpolator)
+        loss.backward()
         finish_rollout(step)
         for update in range(config.critic_updates):
             optimizer.step()  # of the student, then of the critic: one of them has gradients

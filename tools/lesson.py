@@ -320,11 +320,14 @@ def distil(student, teacher, config, real=None, updates=300, late=0, lr=0.02):
         critics = [*critics[1:], student.critic()]
         videos = (real or teacher).sample(512)
         optimizer.zero_grad()
-        for loss, values in adavid.student_losses(
-                student, teacher, critics[0], cache, videos, TEXT, TEXT, 0, config):
+        x0 = adavid.backward_simulation(student, adavid.draw(torch.randn, videos.shape, videos), TEXT,
+                                        0, config)
+        loss, _ = adavid.matching_loss(x0, teacher, critics[0], TEXT, TEXT, config)
+        loss.backward()
+        if config.lambda_reg:
+            loss, step, reg, _ = adavid.weighted_regression(student, cache, videos, TEXT, 0, config)
             loss.backward()
-            if "reg" in values:
-                cache.update(values["reg_step"], values["reg"])
+            cache.update(step, reg)
         optimizer.step()
     yield
 
