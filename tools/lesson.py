@@ -320,8 +320,8 @@ def distil(student, teacher, config, real=None, updates=300, late=0, lr=0.02):
         critics = [*critics[1:], student.critic()]
         videos = (real or teacher).sample(512)
         optimizer.zero_grad()
-        x0 = adavid.backward_simulation(student, adavid.draw(torch.randn, videos.shape, videos), TEXT,
-                                        0, config)
+        noise = adavid.draw(torch.randn, videos.shape, videos)
+        x0 = adavid.backward_simulation(student, noise, TEXT, 0, config)
         loss, _ = adavid.matching_loss(x0, teacher, critics[0], TEXT, TEXT, config)
         loss.backward()
         if config.lambda_reg:
