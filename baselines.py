@@ -41,7 +41,7 @@ from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
 from runtime.experts import Experts, euler_steps
-from runtime.models import check_fit, load_config, load_interpolator, load_sharded, save_student
+from runtime.models import check_fit, load_config, load_interpolator, load_trainable, save_student
 from runtime.pictures import open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
 from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
@@ -448,7 +448,6 @@ class Baseline(Flags):
     """dtype to compute in: auto is bfloat16 for Wan on a GPU that has it, from NVIDIA or AMD, and
     else float32"""
     numbers: Annotated[BaselineConfig, tyro.conf.arg(name="")] = BaselineConfig()
-    gradient_checkpointing = None  # recompute blocks in backward if --data is given
 
     @property
     def may_change(self):
@@ -483,11 +482,12 @@ class Setup:
     """What every method needs: the device, the data, models, pictures, and how to save."""
 
     def __init__(self, args):
-        self.args, self.device, self.data = args, init_distributed(args.device), open_data(args)
-        check_fit(args, self.data)
-        dtype = cli.pick_dtype(args.dtype, self.device, WanConfig.from_pretrained(args.model))
-        cli.announce(self.device, dtype, args.device)
-        half, tangent = dtype == torch.bfloat16, args.numbers.tangent
+        self.args, self.device = args, init_distributed(args.device)
+        self.data, self.start = open_data(args.data, args.seed), args.init_student or args.model
+        check_fit(args.out, args.model, self.start, self.data)
+        self.dtype = cli.pick_dtype(args.dtype, self.device, WanConfig.from_pretrained(args.model))
+        cli.announce(self.device, self.dtype, args.device)
+        half, tangent = self.dtype == torch.bfloat16, args.numbers.tangent
         if half and tangent == "fd":
             raise ValueError("--tangent fd: in bfloat16 a finite difference is nothing but noise; "
                              "use jvp, or --dtype float32")
@@ -497,21 +497,22 @@ class Setup:
         if not self.data.has_videos:
             raise ValueError(f"{args.data}: holds no videos, and these methods learn from them")
         self.null_text = self.data.null_text.to(self.device)
-        self.fetch = Prefetch(lambda update: self.data.batch(sample_indices(args, update)))
-        self.pictures = open_pictures(args, self.data, self.device)
+        self.fetch = Prefetch(lambda update: self.data.batch(sample_indices(
+            update, args.batch_size)))
+        self.pictures = open_pictures(self.data, args.model, args.codec, self.device)
 
     def load(self):
         """The teacher, frozen, and two models that start like the student."""
-        start = self.args.init_student or self.args.model
-        teacher, *students = (load_sharded(self.args, path, self.device)
-                              for path in (self.args.model, start, start))
+        recompute = self.args.data is not None
+        teacher, *students = (load_trainable(path, self.dtype, self.device, recompute)
+                              for path in (self.args.model, self.start, self.start))
         return teacher.requires_grad_(False), *students
 
     def batch(self, update):
         """Real videos, their text, the null text, and a generator for each sample."""
         real, text, _ = self.fetch(update)
         return real.to(self.device), text.to(self.device), self.null_text, make_generators(
-            self.args.seed, "distill", sample_indices(self.args, update))
+            self.args.seed, "distill", sample_indices(update, self.args.batch_size))
 
     def end_step(self, run, step, metrics, model, sampler=adavid.sample, interpolator=None):
         """Draw pictures, log and save, each if it is due."""

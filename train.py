@@ -31,7 +31,14 @@ from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
-from runtime.models import check_fit, default_config, load_models, load_sharded, save_student
+from runtime.models import (
+    check_fit,
+    default_config,
+    load_adapters,
+    load_models,
+    load_trainable,
+    save_student,
+)
 from runtime.pictures import GRID_SEED, Pictures, open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint, world
@@ -166,7 +173,7 @@ def train_teacher(args):
     state = {"model": model, "ema": ema, "muon": muon, "adamw": adamw}
     with Run(args, state) as run:
         for step in run.steps():
-            indices = sample_indices(args, step)
+            indices = sample_indices(step, args.batch_size)
             x0, _, prompts = data.batch(indices)
             x0, generator = x0.to(device), make_generators(args.seed, "teacher", indices)
             drop = adavid.draw(torch.rand, x0.shape[:1], x0, generator).tolist()
@@ -258,14 +265,14 @@ def learning_rate(args, step):
 
 
 def train_interpolator(args):
-    device, data = init_distributed(args.device), open_data(args)
+    device, data = init_distributed(args.device), open_data(args.data, args.seed)
     cli.announce(device, torch.float32, args.device)
     if not data.has_videos:
         raise ValueError(f"{args.data}: holds no videos, and an interpolator needs them")
     torch.manual_seed(args.seed)
     model = FrameInterpolator(data.latent_shape[0], args.width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
-    fetch = Prefetch(lambda step: data.batch(sample_indices(args, step)))
+    fetch = Prefetch(lambda step: data.batch(sample_indices(step, args.batch_size)))
 
     with Run(args, {"model": model, "optimizer": optimizer}) as run:
         for step in run.steps():
@@ -309,18 +316,36 @@ def distill(args):
     The first of these reuses the videos of the student's update. The others generate new ones, or
     with --one-rollout reuse them too.
     """
-    config, device, data = args.avd, init_distributed(args.device), open_data(args)
-    check_flags(args, data)
+    config, device = args.avd, init_distributed(args.device)
+    data, student = open_data(args.data, args.seed), args.init_student or args.model
+    check_flags(args, data, student)
     dtype = cli.pick_dtype(args.dtype, device, WanConfig.from_pretrained(args.model))
     cli.announce(device, dtype, args.device)
-    models = load_models(args, device)
-    averaged = load_sharded(args, args.init_student or args.model, device) if args.ema else None
+    recompute = args.gradient_checkpointing
+    recompute = args.data is not None if recompute is None else recompute
+    models = (load_adapters(args.model, args.lora, args.seed, dtype, device, recompute)
+              if args.lora else load_models(args.model, student, dtype, device, recompute))
+    averaged = load_trainable(student, dtype, device, recompute) if args.ema else None
     student_optimizer = adamw(models.student, config.lr, config)
     critic_optimizer = adamw(models.critic, config.critic_lr, config)
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k).to(device)
     null_text = data.null_text.to(device)
-    fetch = Prefetch(lambda batch: data.batch(sample_indices(args, batch)))
-    pictures = open_pictures(args, data, device)
+    fetch = Prefetch(lambda number: data.batch(sample_indices(number, args.batch_size)))
+    pictures = open_pictures(data, args.model, args.codec, device)
+
+    def load_batches(update):
+        """Yield an update's batches: real videos, text, the step at which the student's rollouts
+        end, a generator for each sample.
+
+        The step is random for each update. All ranks must agree on it: with other numbers of
+        forwards, sharded models would deadlock.
+        """
+        generator = make_generator(args.seed, "step", update)
+        step = torch.randint(len(config.timesteps), (), generator=generator).item()
+        for number in range(update * args.accumulate, (update + 1) * args.accumulate):
+            real, text, _ = fetch(number)
+            yield (real.to(device), text.to(device), step, make_generators(
+                args.seed, "distill", sample_indices(number, args.batch_size)))
 
     def sample(noise, text):
         return adavid.sample(averaged or models.student, noise, text, config, models.interpolator,
@@ -334,8 +359,8 @@ def distill(args):
             # Updates with batches of their own are numbered through the whole run. The student and
             # the first critic update of a cycle share one number.
             first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
-            metrics, videos = update_student(args, models, student_optimizer, cache, null_text,
-                                             load_batches(args, fetch, first, device))
+            metrics, videos = update_student(models, student_optimizer, cache, load_batches(first),
+                                             args.accumulate, null_text, config)
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
                 with torch.no_grad():
                     for p, q in zip(averaged.parameters(), models.student.parameters()):
@@ -344,9 +369,9 @@ def distill(args):
             critic_metrics = []
             for update in range(first, first + config.critic_updates):
                 if update > first and not args.one_rollout:
-                    videos = generate_videos(args, models,
-                                             load_batches(args, fetch, update, device))
-                critic_metrics.append(update_critic(args, models.critic, critic_optimizer, videos))
+                    videos = generate_videos(models, load_batches(update), config)
+                critic_metrics.append(update_critic(models.critic, critic_optimizer, videos,
+                                                    args.accumulate, config))
             metrics |= mean_metrics(critic_metrics)
 
             if pictures and run.picture_due(cycle):
@@ -360,25 +385,25 @@ def distill(args):
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
 
-def update_student(args, models, optimizer, cache, null_text, batches):
+def update_student(models, optimizer, cache, batches, accumulate, null_text, config):
     """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
 
     The videos are a list with (x0, text, generators) of each batch. The critic's update on them
     draws on from these generators.
     """
-    config, values, videos = args.avd, defaultdict(list), []
+    values, videos = defaultdict(list), []
     for real, text, step, generators in batches:
         noise = adavid.draw(torch.randn, real.shape, real, generators)
         x0 = adavid.backward_simulation(models.student, noise, text, step, config,
                                         models.interpolator, generators)
         loss, parts = adavid.matching_loss(x0, models.teacher, models.critic, text, null_text,
                                            config, generators)
-        (loss / args.accumulate).backward()
+        (loss / accumulate).backward()
         parts["loss"] = loss.detach()
         if config.lambda_reg:
             loss, reg_step, reg, weight = adavid.weighted_regression(
                 models.student, cache, real, text, step, config, models.interpolator, generators)
-            (loss / args.accumulate).backward()
+            (loss / accumulate).backward()
             parts |= {"loss": parts["loss"] + loss.detach(), "reg_step": reg_step, "reg": reg,
                       "weight": weight}
         parts["data_variance"] = kernels.temporal_variance(real).mean()
@@ -411,44 +436,30 @@ def metrics_by_timestep(values, cache, config):
     return metrics
 
 
-def update_critic(args, critic, optimizer, videos):
+def update_critic(critic, optimizer, videos, accumulate, config):
     """One update of the critic on videos of the student. Returns its metrics."""
     loss = 0
     for x0, text, generators in videos:
-        term = adavid.critic_loss(critic, x0, text, args.avd, generators) / args.accumulate
+        term = adavid.critic_loss(critic, x0, text, config, generators) / accumulate
         term.backward()
         loss += term.item()
-    norm = clip_and_step(critic, [optimizer], args.avd.grad_clip, loss)
+    norm = clip_and_step(critic, [optimizer], config.grad_clip, loss)
     return {"critic": loss, "critic_grad_norm": norm}
 
 
-def generate_videos(args, models, batches):
+def generate_videos(models, batches, config):
     """Yield new videos of the student, as (x0, text, generators) of each batch."""
     for real, text, step, generators in batches:
         with torch.no_grad():
             noise = adavid.draw(torch.randn, real.shape, real, generators)
-            x0 = adavid.backward_simulation(models.student, noise, text, step, args.avd,
+            x0 = adavid.backward_simulation(models.student, noise, text, step, config,
                                             models.interpolator, generators)
         yield x0, text, generators
 
 
-def load_batches(args, fetch, update, device):
-    """Yield an update's `accumulate` batches: real videos, text, step, a generator per sample.
-
-    step: the student's step at which the rollouts end, random for each update. All ranks must agree
-        on it: with other numbers of forwards, sharded models would deadlock.
-    """
-    generator = make_generator(args.seed, "step", update)
-    step = torch.randint(len(args.avd.timesteps), (), generator=generator).item()
-    for batch in range(update * args.accumulate, (update + 1) * args.accumulate):
-        real, text, _ = fetch(batch)
-        yield (real.to(device), text.to(device), step,
-               make_generators(args.seed, "distill", sample_indices(args, batch)))
-
-
-def check_flags(args, data):
+def check_flags(args, data, student):
     """ValueError unless the flags, the models and the data fit together."""
-    check_fit(args, data)
+    check_fit(args.out, args.model, student, data)
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
     if args.avd.lambda_reg and not data.has_videos:

@@ -17,8 +17,6 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -65,9 +63,11 @@ def find_not_finite(state):
 class Checkpointer:
     """Saves and loads a run's checkpoints. Several ranks save in the background, each its part."""
 
-    def __init__(self, args):
-        self.args, self.pending, self.pool = args, None, ThreadPoolExecutor(1)
-        self.newest = None
+    def __init__(self, out, flags, keep, keep_every=None):
+        """flags: what must not change when the run in the folder `out` is resumed."""
+        self.out, self.flags, self.keep, self.keep_every = out, flags, keep, keep_every
+        self.newest = self.pending = None
+        self.pool = ThreadPoolExecutor(1)
         # A group of its own keeps a save's messages apart from the training loop's.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
@@ -76,7 +76,7 @@ class Checkpointer:
 
         ValueError where there are checkpoints, but every one of them is damaged.
         """
-        found, problems = broadcast(list_checkpoints(self.args.out)), []
+        found, problems = broadcast(list_checkpoints(self.out)), []
         for folder in reversed(found):
             if problem := find_damage(folder):
                 problems.append(problem)
@@ -84,27 +84,27 @@ class Checkpointer:
             if problems and rank() == 0:
                 print(f"note: {'; '.join(problems)}; going on from checkpoint {folder.name}")
             self.newest = folder
-            return load(self.args, state, folder)
+            return load(self.flags, state, folder)
         if problems:
-            raise ValueError(f"{problems[0]}; no checkpoint in {self.args.out / 'checkpoints'} is "
+            raise ValueError(f"{problems[0]}; no checkpoint in {self.out / 'checkpoints'} is "
                              f"whole: delete them to start anew")
         return 0
 
     def save(self, state, step):
         """Start to write a checkpoint. OSError says what the disk said, and what is still there."""
         self.wait()
-        folder = self.args.out / "checkpoints" / f"{step:06d}"
+        folder = self.out / "checkpoints" / f"{step:06d}"
         part = folder.with_suffix(".part")
         with self.naming_errors(part):
             if rank() == 0:
                 for left in part.parent.glob("*.part"):
                     shutil.rmtree(left, ignore_errors=True)
-                for log in self.args.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
+                for log in self.out.glob("*.jsonl"):  # no checkpoint may outlive its lines
                     checkpoint.fsync(log)
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
-                checkpoint.fsync(self.args.out)  # the names of the logs and of `checkpoints`
+                checkpoint.fsync(self.out)  # the names of the logs and of `checkpoints`
                 part.mkdir()
-                (part / STATE).write_text(json.dumps({"step": step} | flags(self.args)))
+                (part / STATE).write_text(json.dumps({"step": step, "flags": self.flags}))
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
             if world_size() > 1:
                 dist.barrier()
@@ -147,10 +147,9 @@ class Checkpointer:
             os.replace(part, folder)
             checkpoint.fsync(folder.parent)
             self.newest = folder
-            every = self.args.keep_every
             # Those of later steps are damaged, or this one would not have been written.
-            for old in list_checkpoints(self.args.out, int(folder.name))[:-self.args.keep]:
-                if not every or int(old.name) % every:
+            for old in list_checkpoints(self.out, int(folder.name))[:-self.keep]:
+                if not self.keep_every or int(old.name) % self.keep_every:
                     shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
@@ -161,7 +160,7 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             error = cause(error)
             shutil.rmtree(part, ignore_errors=True)
-            there = [f.name for f in list_checkpoints(self.args.out, int(part.stem) - 1)]
+            there = [f.name for f in list_checkpoints(self.out, int(part.stem) - 1)]
             kept = f"checkpoint {there[-1]} is untouched" if there else "there is no earlier one"
             raise OSError(f"{part}: not written ({getattr(error, 'strerror', None) or error}); "
                           f"{kept}") from None
@@ -202,17 +201,6 @@ def list_checkpoints(out, last=math.inf):
     return sorted((f for f in folders if int(f.name) <= last), key=lambda f: int(f.name))
 
 
-def flags(args):
-    """The flags that must not change on resuming, and the videos in an update over all ranks."""
-    values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()}
-    for name in [name for name, value in values.items() if is_dataclass(value)]:
-        values |= vars(values.pop(name))
-    for name in {"batch_size", "accumulate"} | args.may_change:
-        values.pop(name, None)
-    values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()
-    return {"flags": json.loads(json.dumps(values, default=str))}
-
-
 def find_damage(folder):
     """What is wrong with a checkpoint's files, or None. Each rank checks a share of them."""
     problem = None
@@ -231,15 +219,16 @@ def find_damage(folder):
     return next(filter(None, all_gather(problem)), None)
 
 
-def load(args, state, folder):
-    """Fill `state` from a checkpoint; its step. ValueError unless it belongs to this run."""
+def load(flags, state, folder):
+    """Fill `state` from a checkpoint; its step. ValueError unless it is of a run with `flags`."""
     try:
         saved = checkpoint.read_json(folder / STATE)
-        then, now = saved["flags"], flags(args)["flags"]
-        if changed := [f"{k} was {then.get(k)}, now {now[k]}" for k in now
-                       if now[k] != then.get(k)]:
-            raise ValueError(f"{args.out} holds a run with other flags ({'; '.join(changed[:4])}); "
-                             f"repeat them to resume, or choose another --out")
+        then = saved["flags"]
+        if changed := [f"{k} was {then.get(k)}, now {flags[k]}" for k in flags
+                       if flags[k] != then.get(k)]:
+            raise ValueError(f"{folder.parents[1]} holds a run with other flags "
+                             f"({'; '.join(changed[:4])}); repeat them to resume, or choose "
+                             f"another --out")
         reader = HuggingFaceStorageReader(str(folder))
         there = reader.read_metadata().state_dict_metadata
         for name, part in state.items():

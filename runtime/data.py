@@ -19,15 +19,15 @@ from tiny_wan import ToyCodec, checkpoint, world
 INDEX = "index.json"
 
 
-def open_data(args):
-    """The shards in `args.data`, or the toy world."""
-    return Shards(args.data, args.seed) if args.data else Toy(ToyCodec(), args.seed)
+def open_data(folder, seed):
+    """The encoded videos in a folder; without one, the toy world."""
+    return Shards(folder, seed) if folder else Toy(ToyCodec(), seed)
 
 
-def sample_indices(args, batch):
+def sample_indices(batch, batch_size):
     """The indices, in the whole run, of this rank's samples in a batch."""
-    first = (batch * world_size() + rank()) * args.batch_size
-    return range(first, first + args.batch_size)
+    first = (batch * world_size() + rank()) * batch_size
+    return range(first, first + batch_size)
 
 
 class Toy:
@@ -39,6 +39,9 @@ class Toy:
         self.codec, self.seed = codec, seed
         self.latent_shape = codec.latent_shape()
         self.null_text = codec.encode_text([codec.negative_prompt])
+
+    def __str__(self):
+        return "the toy world"
 
     def batch(self, indices):
         """Latents `[b, c, f, h, w]`, text `[b, l, d]` and the prompts of samples."""
@@ -84,6 +87,9 @@ class Shards:
             raise ValueError(f"{self.folder}/null_text.safetensors: not one finite embedding")
         self.items = [(name, i) for name, count in counts.items() for i in range(count)]
         self.orders = {}
+
+    def __str__(self):
+        return str(self.folder)
 
     def shapes(self, name, *tensors):
         """The shapes of a file's tensors. ValueError if the file or a tensor is missing."""

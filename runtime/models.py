@@ -7,7 +7,6 @@ import torch
 from safetensors import SafetensorError
 
 import adavid
-from runtime import cli
 from runtime.distributed import full_tensor, rank, shard, world_size
 from runtime.lora import add_adapters, rate_factor
 from tiny_wan import WanConfig, WanModel, checkpoint
@@ -62,51 +61,57 @@ class Models(NamedTuple):
     interpolator: adavid.FrameInterpolator | None
 
 
-def check_fit(args, data):
-    """ValueError unless the output's folder, the models and the data fit together."""
-    load_config(args.model)  # raises the error that `main` ignored
-    if args.out.resolve() == checkpoint.home(args.model).resolve():
-        raise ValueError(f"--out {args.out} is the teacher's own folder; choose another")
+def check_fit(out, teacher, student, data):
+    """ValueError unless the folder `out`, both models' files and the data fit together."""
+    load_config(teacher)  # raises the error that `main` ignored
+    if out.resolve() == checkpoint.home(teacher).resolve():
+        raise ValueError(f"--out {out} is the teacher's own folder; choose another")
     there = data.latent_shape[0], data.null_text.shape[-1]
-    for model in (args.model, args.init_student or args.model):
+    for model in (teacher, student):
         takes = WanConfig.from_pretrained(model)
         if (takes.in_dim, takes.text_dim) != there:
             raise ValueError(
-                f"{args.data or 'the toy world'} has {there[0]} channels and text of width "
-                f"{there[1]}, but {model} takes {takes.in_dim} and {takes.text_dim}")
+                f"{data} has {there[0]} channels and text of width {there[1]}, but {model} takes "
+                f"{takes.in_dim} and {takes.text_dim}")
 
 
-def load_models(args, device):
-    """Models for distillation: three transformers, or with --lora one base and two adapters."""
-    interpolator = load_interpolator(args.model, device)
+def load_models(teacher, student, dtype, device, recompute):
+    """Models for distillation: three transformers, from the files of two."""
+    interpolator = open_interpolator(teacher, device)
+    return Models(load_trainable(teacher, dtype, device, recompute).requires_grad_(False),
+                  load_trainable(student, dtype, device, recompute),
+                  load_trainable(teacher, dtype, device, recompute), interpolator)
+
+
+def load_adapters(teacher, lora, seed, dtype, device, recompute):
+    """Models for distillation: one frozen transformer, and two adapters of rank `lora` on it."""
+    interpolator = open_interpolator(teacher, device)
+    base = WanModel.from_pretrained(teacher, dtype or torch.float32)
+    base.gradient_checkpointing = recompute
+    # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP would
+    # only make copies: the base is in the dtype that it computes in.
+    base = shard(base, device) if world_size() > 1 else base.to(device)
+    return Models(*add_adapters(base, lora, ("student", "critic"), seed), interpolator)
+
+
+def open_interpolator(model, device):
+    """`load_interpolator`, with a note if there is none."""
+    interpolator = load_interpolator(model, device)
     if interpolator is None and rank() == 0:
         print("note: no interpolator.safetensors beside the model, so the student will sample at "
               "the full frame rate")
-    if args.lora:
-        dtype = cli.pick_dtype(args.dtype, device, WanConfig.from_pretrained(args.model))
-        base = WanModel.from_pretrained(args.model, dtype or torch.float32)
-        base.gradient_checkpointing = recomputes(args)
-        # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP
-        # would only make copies: the base is in the dtype that it computes in.
-        base = shard(base, device) if world_size() > 1 else base.to(device)
-        return Models(*add_adapters(base, args.lora, ("student", "critic"), args.seed),
-                      interpolator)
-    return Models(load_sharded(args, args.model, device).requires_grad_(False),
-                  load_sharded(args, args.init_student or args.model, device),
-                  load_sharded(args, args.model, device), interpolator)
+    return interpolator
 
 
-def load_sharded(args, path, device):
-    """A model with weights in float32, sharded over the ranks."""
+def load_trainable(path, dtype, device, recompute):
+    """A model with weights in float32, sharded over the ranks, that computes in `dtype`.
+
+    recompute: blocks in backward, rather than keep their activations.
+    """
     model = WanModel.from_pretrained(path)
-    model.gradient_checkpointing = recomputes(args)
-    model = shard(model, device, cli.pick_dtype(args.dtype, device, model.config))
+    model.gradient_checkpointing = recompute
+    model = shard(model, device, dtype)
     return model.float()  # after sharding, so that no rank ever holds a whole float32 model
-
-
-def recomputes(args):
-    given = args.gradient_checkpointing
-    return args.data is not None if given is None else given
 
 
 def save_student(student, out, metadata):

@@ -53,14 +53,17 @@ class Pictures:
         return {name: value.nanmean().item() for name, value in scores.items()}
 
 
-def open_pictures(args, data, device):
-    """Pictures of the toy's own prompts, or of the data's first ones. None without a VAE."""
-    if not args.data:
+def open_pictures(data, model, codec_folder, device):
+    """Pictures of the toy's own prompts, or of the data's first ones. None without a VAE.
+
+    The VAE is in `codec_folder` or, if that is None, beside the transformer `model`.
+    """
+    if isinstance(data, Toy):
         return Pictures.of_toy(device)
-    config = WanConfig.from_pretrained(args.model)
+    config = WanConfig.from_pretrained(model)
 
     def codec():
-        return open_codec(args.model, config, args.codec, device=device)
+        return open_codec(model, config, codec_folder, device=device)
 
     problem = None
     if rank() == 0:

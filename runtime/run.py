@@ -138,7 +138,8 @@ class Run:
             # First, as two runs would confuse each other's checks.
             stack.enter_context(lock_folder(args.out))
             check_shared(args.out)
-            self.checkpointer = Checkpointer(args)
+            self.checkpointer = Checkpointer(args.out, fixed_flags(args), args.keep,
+                                             args.keep_every)
             self.start = self.checkpointer.load(state)
             if rank() == 0:
                 for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
@@ -260,6 +261,17 @@ class Run:
             print(f"{self.args.out}: {seconds / 60:.1f} minutes, {waited / seconds:.1%} of them "
                   f"waiting for data")
         return seconds / 60
+
+
+def fixed_flags(args):
+    """The flags that must not change on resuming, and the videos in an update over all ranks."""
+    values = {k: v.resolve() if isinstance(v, Path) else v for k, v in vars(args).items()}
+    for name in [name for name, value in values.items() if is_dataclass(value)]:
+        values |= vars(values.pop(name))
+    for name in {"batch_size", "accumulate"} | args.may_change:
+        values.pop(name, None)
+    values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()
+    return json.loads(json.dumps(values, default=str))
 
 
 def lower_rates(args):
