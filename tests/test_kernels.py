@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import adavid
 import kernels
 from kernels import reference
 
@@ -193,11 +194,20 @@ def test_aligned_videos_move_16_bytes_at_a_time_and_nothing_spills(bench, target
             assert code["stores_16"] >= max(2, code["stores"] - 1)
 
 
+def test_benchmarks_have_the_frame_interpolators_inputs(bench, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "interpolate_frames", lambda *inputs: calls.append(inputs))
+    with torch.device("meta"):
+        adavid.FrameInterpolator(16, width=8).half()(torch.empty(1, 16, 11, 60, 104))
+    layout = lambda x: (x.dtype, x.shape, x.stride(), x.storage_offset())
+    assert [*map(layout, *calls)] == [*map(layout, bench.wan_inputs()["interpolate_frames"])]
+
+
 def test_benchmarks_count_the_bytes_that_must_move(bench):
     variance, frames = bench.wan_inputs().items()
     with bench.compile_only(bench.TARGETS["sm_90"]):
         counted = [bench.bytes_moved(*each) for each in (variance, frames)]
-    x, mean, out = 16 * 21 * 6240 * 2, 16 * 6240 * 4, 4
+    x, mean, out = 16 * 21 * 6240 * 4, 16 * 6240 * 4, 4
     assert counted[0] == 3 * x + 2 * mean + 2 * out
-    x0, blend, residual = 16 * 11 * 6240 * 2, 10 * 6240 * 2, 16 * 10 * 6240 * 2
+    x0, blend, residual = 16 * 11 * 6240 * 4, 10 * 6240 * 4, 16 * 10 * 6240 * 4
     assert counted[1] == 3 * x0 + 3 * blend + 2 * residual + 2 * x
