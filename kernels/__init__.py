@@ -104,7 +104,8 @@ def interpolate_frames(x0, blend, residual):
 
     x0 `[b, c, f, h, w]`, blend `[b, 1, f-1, h, w]` in [0, 1], residual `[b, c, f-1, h, w]`
     -> `[b, c, 2f-1, h, w]`, in the dtype of x0. The frames of x0 are kept bit for bit, at the even
-    places. Differentiable in all three; takes any strides. Raises ValueError for other shapes.
+    places. Differentiable in all three; takes any strides, and copies nothing whose `[h, w]` planes
+    are dense. Raises ValueError for other shapes.
     """
     check_video("x0", x0)
     b, c, f, h, w = x0.shape

@@ -2,9 +2,9 @@
 
     python -m kernels.bench
 
-Compiling needs no GPU. The tensors are bfloat16 latents of 81 frames at 480p; timing tries larger
-ones as well. One line is printed for each compiled kernel and each timing, and then all of it as
-one line of JSON.
+Compiling needs no GPU. The tensors are latents of 81 frames at 480p, in float32 as the samplers and
+training have them; timing tries larger ones as well. One line is printed for each compiled kernel
+and each timing, and then all of it as one line of JSON.
 """
 
 import json
@@ -28,17 +28,18 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SIZES = {"480p": (1, 60, 104), "720p": (1, 90, 160), "beyond any L2": (32, 90, 160)}
 
 
-def wan_inputs(batch=1, height=60, width=104, device="cpu", dtype=torch.bfloat16):
-    """Operation -> its arguments."""
+def wan_inputs(batch=1, height=60, width=104, device="cpu", dtype=torch.float32):
+    """Operation -> its arguments, laid out in memory as the frame interpolator has them."""
 
-    def video(c, f):
-        x = torch.rand(batch, c, f, height, width, device=device)
-        return x.to(dtype).requires_grad_()
+    def video(*shape):
+        return torch.rand(batch, *shape, height, width, device=device).to(dtype)
 
-    return {
+    unet = video(10, 17).transpose(1, 2)
+    inputs = {
         "temporal_variance": [video(16, 21)],
-        "interpolate_frames": [video(16, 11), video(1, 10), video(16, 10)],
+        "interpolate_frames": [video(16, 11), unet[:, :1].sigmoid(), unet[:, 1:]],
     }
+    return {operation: [x.requires_grad_() for x in xs] for operation, xs in inputs.items()}
 
 
 @contextmanager

@@ -1,4 +1,10 @@
-"""Both operations in Triton; their twins in PyTorch are in `reference.py`.
+"""Both operations in Triton:
+
+    temporal variance      y_b = mean_{c,h,w} var_f x
+    frame interpolation    out = x_0 m_0 x_1 m_1 ... x_{f-1}
+                           m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k
+
+Their twins in PyTorch are in `reference.py`.
 
 Sums are in float32. PyTorch rounds a product before it adds it to something; without fusion of
 floating-point operations, the kernels do the same.
@@ -24,7 +30,7 @@ def load(pointers, mask):
 # ---------------------------------------------------------------------------------------------
 # Temporal variance
 #
-#     y_b = mean_{c,h,w} var_f x        dL/dx = dL/dy_b * 2 / (c f h w) * (x - mean_f x)
+#     dL/dx = dL/dy_b * 2 / (c f h w) * (x - mean_f x)
 #
 # Bytes: forward reads x once; backward reads x once more and writes its gradient once. Forward
 # leaves mean_f d for backward, one float32 for each position.
@@ -33,6 +39,11 @@ def load(pointers, mask):
 # var = mean d^2 - (mean d)^2 is accurate, because x_first is itself one of the f frames and
 # therefore (mean d)^2 <= (f - 1) var (Samuelson's inequality): the subtraction magnifies rounding
 # errors by a factor of f at most.
+#
+# `f` is constexpr, though no loop is unrolled. Where FRAMES divides f - 1, as for the 21 frames of
+# Wan, the compiler then drops the frames' mask. It also multiplies by 1 / f instead of dividing.
+# On sm_90, backward in float32 thus needs 128 registers instead of 166, and forward 127 instead of
+# 140. The price is a compilation for each f.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -64,50 +75,50 @@ class TemporalVariance(torch.autograd.Function):
 
 @triton.jit
 def variance_forward(
-    x, mean, partial, c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr
-):
+    x_ptr, mean_ptr, partial_ptr,
+    c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
     plane, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tile * TILE + tl.arange(0, TILE)
     inside = position < hw
-    x += plane * f * hw + position
-    first = load(x, inside)
+    x_ptr += plane * f * hw + position
+    first = load(x_ptr, inside)
     total, squares = tl.zeros_like(first), tl.zeros_like(first)
     for start in range(1, f, FRAMES):
         frame = start + tl.arange(0, FRAMES)[:, None]
         mask = inside & (frame < f)
-        d = tl.where(mask, load(x + frame * hw, mask) - first, 0)
+        d = tl.where(mask, load(x_ptr + frame * hw, mask) - first, 0)
         total += tl.sum(d, 0)
         squares += tl.sum(d * d, 0)
     center = total / f
     variance = squares / f - center * center
-    tl.store(mean + plane * hw + position, center, inside)
-    tl.store(partial + plane * tl.num_programs(1) + tile, tl.sum(variance) / hw / c)
+    tl.store(mean_ptr + plane * hw + position, center, inside)
+    tl.store(partial_ptr + plane * tl.num_programs(1) + tile, tl.sum(variance) / hw / c)
 
 
 @triton.jit
 def variance_backward(
-    x, mean, grad, grad_x, c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr
-):
+    x_ptr, mean_ptr, grad_ptr, grad_x_ptr,
+    c, f: tl.constexpr, hw, TILE: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = position < hw
-    x += plane * f * hw + position
-    grad_x += plane * f * hw + position
-    first = load(x, inside)
-    center = load(mean + plane * hw + position, inside)
-    scale = tl.load(grad + plane // c) * 2 / f / hw / c
-    tl.store(grad_x, -scale * center, inside)
+    x_ptr += plane * f * hw + position
+    grad_x_ptr += plane * f * hw + position
+    first = load(x_ptr, inside)
+    center = load(mean_ptr + plane * hw + position, inside)
+    scale = tl.load(grad_ptr + plane // c) * 2 / f / hw / c
+    tl.store(grad_x_ptr, -scale * center, inside)
     for start in range(1, f, FRAMES):
         frame = start + tl.arange(0, FRAMES)[:, None]
         mask = inside & (frame < f)
-        d = load(x + frame * hw, mask) - first
-        tl.store(grad_x + frame * hw, scale * (d - center), mask)
+        d = load(x_ptr + frame * hw, mask) - first
+        tl.store(grad_x_ptr + frame * hw, scale * (d - center), mask)
 
 
 # ---------------------------------------------------------------------------------------------
 # Frame interpolation
-#
-#     m_k = blend_k x_k + (1 - blend_k) x_{k+1} + residual_k      out = x_0 m_0 x_1 m_1 ... x_{f-1}
 #
 # With g = dL/dout:
 #
@@ -117,11 +128,20 @@ def variance_backward(
 # Bytes: forward reads x0, blend and residual once and writes out once; backward reads x0, blend and
 # dL/dout once and writes the three gradients once. To read blend once, a program holds all
 # channels, which share it. To read x0 once, it walks along the frames and keeps the last one.
+#
+# What is read has strides of batch, channel and frame, so that no view is copied first. The frame
+# interpolator's residual is a view: all channels but one of its UNet's output, which has frames
+# before channels. In its training x0 is a view as well: every second frame.
 # ---------------------------------------------------------------------------------------------
 
 
 def interpolate_frames(x0, blend, residual):
-    return InterpolateFrames.apply(x0.contiguous(), blend.contiguous(), residual.contiguous())
+    return InterpolateFrames.apply(*map(with_dense_planes, (x0, blend, residual)))
+
+
+def with_dense_planes(x):
+    """`x`, copied only if the rows of its `[h, w]` planes do not follow each other in memory."""
+    return x if x.stride()[3:] == (x.shape[4], 1) else x.contiguous()
 
 
 class InterpolateFrames(torch.autograd.Function):
@@ -139,70 +159,88 @@ class InterpolateFrames(torch.autograd.Function):
     def backward(ctx, grad):
         x0, blend = ctx.saved_tensors
         b, c, f, h, w = x0.shape
-        grad_residual = x0.new_empty(b, c, f - 1, h, w, dtype=ctx.residual_dtype)
-        grads = torch.empty_like(x0), torch.empty_like(blend), grad_residual
-        launch(interpolate_backward, x0, blend, grad.contiguous(), *grads)
+        grads = (x0.new_empty(x0.shape), blend.new_empty(blend.shape),
+                 x0.new_empty(b, c, f - 1, h, w, dtype=ctx.residual_dtype))
+        launch(interpolate_backward, x0, blend, with_dense_planes(grad), *grads)
         return grads
 
 
-def launch(kernel, x0, *others):
+def launch(kernel, x0, blend, third, *results):
+    """Run a kernel on what it reads, of which `third` is residual or dL/dout, and its results."""
     b, c, f, h, w = x0.shape
     channels = triton.next_power_of_2(c)
     positions = max(TILE // channels, 16)
     grid = (triton.cdiv(h * w, positions), b)
-    kernel[grid](x0, *others, c, f, h * w, channels, positions, **OPTIONS)
+    strides = *x0.stride()[:3], blend.stride(0), blend.stride(2), *third.stride()[:3]
+    kernel[grid](
+        x0, blend, third, *results, c, f, h * w, *strides, channels, positions, **OPTIONS)
 
 
 @triton.jit
 def interpolate_forward(
-    x0, blend, residual, out,
-    c, f: tl.constexpr, hw, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    x0_ptr, blend_ptr, residual_ptr, out_ptr,
+    c, f, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
+    residual_stride_b, residual_stride_c, residual_stride_f,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, CHANNELS)[:, None]
+    channel = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    mask = (channel < c) & (position < hw)
-    plane = b * c + channel
-    x0 += plane * f * hw + position
-    blend += b * (f - 1) * hw + position + 0 * channel
-    residual += plane * (f - 1) * hw + position
-    out += plane * (2 * f - 1) * hw + position
-    left = load(x0, mask)
-    for k in range(f - 1):
-        right = load(x0 + (k + 1) * hw, mask)
-        share = load(blend + k * hw, mask)
-        middle = share * left + (1 - share) * right + load(residual + k * hw, mask)
-        tl.store(out + 2 * k * hw, left, mask)
-        tl.store(out + (2 * k + 1) * hw, middle, mask)
+    inside = position < hw
+    mask = (channel < c) & inside
+    x0_ptr += b * x0_stride_b + channel * x0_stride_c + position
+    blend_ptr += b * blend_stride_b + position
+    residual_ptr += b * residual_stride_b + channel * residual_stride_c + position
+    out_ptr += (b * c + channel) * (2 * f - 1) * hw + position
+    left = load(x0_ptr, mask)
+    for _ in range(f - 1):
+        x0_ptr += x0_stride_f
+        right = load(x0_ptr, mask)
+        share = load(blend_ptr, inside)  # [POSITIONS], for all channels
+        middle = share * left + (1 - share) * right + load(residual_ptr, mask)
+        tl.store(out_ptr, left, mask)
+        tl.store(out_ptr + hw, middle, mask)
         left = right
-    tl.store(out + (2 * f - 2) * hw, left, mask)
+        blend_ptr += blend_stride_f
+        residual_ptr += residual_stride_f
+        out_ptr += 2 * hw
+    tl.store(out_ptr, left, mask)
 
 
 @triton.jit
 def interpolate_backward(
-    x0, blend, grad, grad_x0, grad_blend, grad_residual,
-    c, f: tl.constexpr, hw, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    x0_ptr, blend_ptr, grad_ptr, grad_x0_ptr, grad_blend_ptr, grad_residual_ptr,
+    c, f, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
+    grad_stride_b, grad_stride_c, grad_stride_f,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, CHANNELS)[:, None]
+    channel = tl.arange(0, CHANNELS).to(tl.int64)[:, None]
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    mask = (channel < c) & (position < hw)
+    inside = position < hw
+    mask = (channel < c) & inside
     plane = b * c + channel
-    x0 += plane * f * hw + position
-    grad_x0 += plane * f * hw + position
-    blend += b * (f - 1) * hw + position + 0 * channel
-    grad_blend += b * (f - 1) * hw + position
-    grad += plane * (2 * f - 1) * hw + position
-    grad_residual += plane * (f - 1) * hw + position
-    left = load(x0, mask)
+    x0_ptr += b * x0_stride_b + channel * x0_stride_c + position
+    blend_ptr += b * blend_stride_b + position
+    grad_ptr += b * grad_stride_b + channel * grad_stride_c + position
+    grad_x0_ptr += plane * f * hw + position
+    grad_blend_ptr += b * (f - 1) * hw + position
+    grad_residual_ptr += plane * (f - 1) * hw + position
+    left = load(x0_ptr, mask)
     carry = tl.zeros_like(left)  # (1 - blend_{k-1}) g(m_{k-1}), which belongs to x_k
-    for k in range(f - 1):
-        right = load(x0 + (k + 1) * hw, mask)
-        share = load(blend + k * hw, mask)
-        middle = load(grad + (2 * k + 1) * hw, mask)
-        tl.store(grad_x0 + k * hw, load(grad + 2 * k * hw, mask) + share * middle + carry, mask)
-        tl.store(grad_residual + k * hw, middle, mask)
-        tl.store(grad_blend + k * hw, tl.sum(middle * (left - right), 0), position < hw)
+    for _ in range(f - 1):
+        x0_ptr += x0_stride_f
+        right = load(x0_ptr, mask)
+        share = load(blend_ptr, inside)  # [POSITIONS], for all channels
+        middle = load(grad_ptr + grad_stride_f, mask)
+        tl.store(grad_x0_ptr, load(grad_ptr, mask) + share * middle + carry, mask)
+        tl.store(grad_residual_ptr, middle, mask)
+        tl.store(grad_blend_ptr, tl.sum(middle * (left - right), 0), inside)
         carry = (1 - share) * middle
         left = right
-    tl.store(grad_x0 + (f - 1) * hw, load(grad + (2 * f - 2) * hw, mask) + carry, mask)
+        blend_ptr += blend_stride_f
+        grad_ptr += 2 * grad_stride_f
+        grad_x0_ptr += hw
+        grad_blend_ptr += hw
+        grad_residual_ptr += hw
+    tl.store(grad_x0_ptr, load(grad_ptr, mask) + carry, mask)

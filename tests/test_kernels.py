@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import adavid
 import kernels
 from kernels import reference
 
@@ -32,6 +34,7 @@ LAYOUTS = {
     "every_second_frame": lambda rand, b, c, f, h, w: rand(b, c, 2 * f, h, w)[:, :, ::2],
     "cropped": lambda rand, b, c, f, h, w: rand(b, c, f, h + 2, w + 3)[..., 1:-1, 2:-1],
     "channels_last": lambda rand, b, c, f, h, w: rand(b, f, h, w, c).permute(0, 4, 1, 2, 3),
+    "of_a_unet": lambda rand, b, c, f, h, w: rand(b, f, c + 1, h, w).transpose(1, 2)[:, 1:],
     "transposed": lambda rand, b, c, f, h, w: rand(b, c, f, w, h).transpose(3, 4),
     "one_frame_expanded": lambda rand, b, c, f, h, w: rand(b, c, 1, h, w).expand(b, c, f, h, w),
     "one_row_expanded": lambda rand, b, c, f, h, w: rand(b, 1, f, 1, w).expand(b, c, f, h, w),
@@ -188,16 +191,46 @@ def test_aligned_videos_move_16_bytes_at_a_time_and_nothing_spills(bench, target
         for kernel in bench.compiled(bench.TARGETS[target], operation, inputs):
             code = bench.machine_code(kernel)
             assert code["scratch"] == 0
-            # The others are a scalar each (dL/dy and a partial sum), or dL/dblend.
+            # The others are a scalar each (dL/dy and a partial sum), or blend and dL/dblend.
             assert code["loads_16"] >= max(4, code["loads"] - 1)
             assert code["stores_16"] >= max(2, code["stores"] - 1)
+
+
+def test_the_frame_interpolators_call_copies_nothing(bench, monkeypatch):
+    monkeypatch.setattr(kernels, "backend", lambda x: kernels.fused)
+    model, video = adavid.FrameInterpolator(16, width=8), torch.rand(2, 16, 9, 8, 8)
+    aten, ran = torch.ops.aten, []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if not op.is_view:
+                ran.append(op)
+            return op(*args, **(kwargs or {}))
+
+    with bench.compile_only(bench.TARGETS["sm_90"]), Recorder():
+        out = model(video[:, :, ::2])  # as in training; in sampling, x0 is dense
+        last = len(ran) - ran[::-1].index(aten.convolution.default)
+        assert ran[last:] == [aten.sigmoid.default, aten.new_empty.default]  # blend and the result
+        grad = torch.ones_like(out)
+        ran.clear()
+        out.backward(grad)
+    assert ran[:4] == [aten.new_empty.default] * 3 + [aten.slice_backward.default]
+
+
+def test_benchmarks_have_the_frame_interpolators_inputs(bench, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "interpolate_frames", lambda *inputs: calls.append(inputs))
+    with torch.device("meta"):
+        adavid.FrameInterpolator(16, width=8).half()(torch.empty(1, 16, 11, 60, 104))
+    layout = lambda x: (x.dtype, x.shape, x.stride(), x.storage_offset())
+    assert [*map(layout, *calls)] == [*map(layout, bench.wan_inputs()["interpolate_frames"])]
 
 
 def test_benchmarks_count_the_bytes_that_must_move(bench):
     variance, frames = bench.wan_inputs().items()
     with bench.compile_only(bench.TARGETS["sm_90"]):
         counted = [bench.bytes_moved(*each) for each in (variance, frames)]
-    x, mean, out = 16 * 21 * 6240 * 2, 16 * 6240 * 4, 4
+    x, mean, out = 16 * 21 * 6240 * 4, 16 * 6240 * 4, 4
     assert counted[0] == 3 * x + 2 * mean + 2 * out
-    x0, blend, residual = 16 * 11 * 6240 * 2, 10 * 6240 * 2, 16 * 10 * 6240 * 2
+    x0, blend, residual = 16 * 11 * 6240 * 4, 10 * 6240 * 4, 16 * 10 * 6240 * 4
     assert counted[1] == 3 * x0 + 3 * blend + 2 * residual + 2 * x

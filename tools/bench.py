@@ -299,7 +299,7 @@ def blocks(figures):
 Triton {worst['triton']} compiles each kernel for {', '.join(targets)} and {last}. The worst \
 values over all of these: a thread spills {worst['scratch']} bytes and uses {worst['registers']} \
 registers; {worst['loads_16']:.0%} of a kernel's loads and {worst['stores_16']:.0%} of its stores \
-move 16 bytes at once (the others move a single number, or the gradient of `blend`, which has one \
+move 16 bytes at once (the others move a single number, or `blend` or its gradient, which have one \
 channel). `python -m kernels.bench` prints the values of each kernel."""}
 
 
