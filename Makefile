@@ -16,7 +16,7 @@ demo: .venv/core  ## distil the toy teacher with DMD and with AVD; writes runs/d
 
 test: .venv/all  ## check the style, then run the tests on the CPU
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -m "not long" -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -q -m "not long" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/all  ## run the tests that take long
 	$(RUN) -m pytest -q -m long

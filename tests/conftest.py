@@ -11,6 +11,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the programs that tests start
 torch.set_num_threads(1)  # also for what is set up once, before the first test
 
 
+# The files that take longest. They go first, or the other processes would wait for them at the end.
+LONGEST = ("test_ranks.py", "test_readme.py", "test_ablation.py", "test_baselines.py",
+           "test_demo.py", "test_pipeline.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Results must not depend on the number of cores, nor tests on each other's threads."""
