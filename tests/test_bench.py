@@ -116,7 +116,9 @@ def test_every_stage_runs_from_the_teacher_to_a_sampled_student(
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape[0] == 4 * 64
 
 
-def test_a_stage_that_fails_is_named_with_its_last_line(inputs, tmp_path, capsys):
-    (tmp_path / "teacher").write_text("in the way")
-    assert "sample.py" in complaint(capsys, check(inputs["original"], tmp_path))
+def test_a_stage_that_fails_is_named_with_its_last_line(inputs, tmp_path, capsys, monkeypatch):
+    measure = wan_check.measure
+    monkeypatch.setattr(wan_check, "measure", lambda _, *rest: measure(["-m", "nosuch"], *rest))
+    said = complaint(capsys, check(inputs["original"], tmp_path))
+    assert "python -m nosuch: " in said and "No module named nosuch (more in" in said
     assert "nosuch" in complaint(capsys, check("nosuch", tmp_path / "out"))
