@@ -15,7 +15,7 @@ import adavid
 import baselines
 import sample
 from runtime.experts import Experts, euler_steps, load_student
-from tests.helpers import FOUR_STEPS, complaint, equal, random_model, read_lines, saved
+from tests.helpers import FOUR_STEPS, complaint, count_flops, equal, random_model, read_lines, saved
 from tests.test_gaussian import (
     GUIDED,
     NULL,
@@ -537,14 +537,21 @@ def test_an_update_takes_the_forwards_that_the_docs_name(method, numbers, wanted
     if method != "dcm":  # whose discriminator reads three blocks
         wan = replace(wan, num_layers=1)
     config = replace(baselines.default_numbers(method, WEIGHTS), **numbers)
-    student, critic, teacher = (costs.build(wan) for _ in range(3))
+    with torch.device("meta"):
+        student, critic, teacher = (WanModel(wan) for _ in range(3))
+        real, text = torch.empty(1, *shape), torch.empty(1, wan.text_len, wan.text_dim)
     teacher.requires_grad_(False)
-    real, text = costs.inputs(wan, shape, batch_size=1)
     cache, heads = adavid.LossMeanCache(4), baselines.Heads(wan.dim, 3, config.heads_width)
     batch, cache, heads = (real, text, text), cache.to("meta"), heads.to("meta")
 
     def flops(*parts):
-        return sum(costs.count(part)[0] for part in parts)
+        def run():
+            for part in parts:
+                result = part()
+                if result.requires_grad:
+                    result.backward()
+
+        return count_flops(run)
 
     def cycle(length):
         times = config.timesteps[:length]
@@ -569,7 +576,7 @@ def test_an_update_takes_the_forwards_that_the_docs_name(method, numbers, wanted
                         lambda: baselines.discriminator_loss(heads, *tokens)) / 2
     else:
         counted = (cycle(1) + cycle(4)) / 2
-    assert counted / costs.count_forward(wan, shape)[0] == pytest.approx(wanted, rel=0.02)
+    assert counted / costs.forward_flops(wan, shape) == pytest.approx(wanted, rel=0.02)
 
 
 @torch.no_grad()
@@ -578,10 +585,12 @@ def test_the_costs_of_dcms_sampler_can_be_counted(toy_folder, tmp_path):
     with torch.enable_grad():
         assert distil("dcm", toy_folder, tmp_path / "dcm", steps=2) == 0
     model, sampler = load_student(tmp_path / "dcm", torch.float32, "meta")
-    x, text = costs.inputs(model.detail.config, (12, 3, 4, 4), batch_size=1)
-    config = baselines.default_numbers("dcm", toy_folder)
-    one = costs.count(lambda: model.detail(x, torch.zeros(1, device="meta"), text))[0]
-    assert costs.count(lambda: sampler(model, x, text, config))[0] == 6 * one
+    shape, wan = (12, 3, 4, 4), model.detail.config
+    x = torch.empty(1, *shape, device="meta")
+    text = torch.empty(1, wan.text_len, wan.text_dim, device="meta")
+    numbers = baselines.default_numbers("dcm", toy_folder)
+    counted = count_flops(lambda: sampler(model, x, text, numbers))
+    assert counted == 6 * costs.forward_flops(wan, shape)
 
 
 def test_dcm_samples_with_both_of_its_experts(toy_folder, tmp_path):

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 import adavid
 from runtime import cli
 from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel
-from tools.costs import PAGE, count_forward
+from tools.costs import PAGE, forward_flops
 from tools.page import fill, markdown
 
 RESULTS = PAGE.with_suffix(".json")
@@ -109,7 +109,7 @@ def bench_cycle():
 
 def forward_costs(config, shape=WAN):
     """FLOPs of a forward at frame strides 1 and 2, in forwards at the full rate."""
-    full, half = (count_forward(config, shape, stride=stride)[0] for stride in (1, 2))
+    full, half = (forward_flops(config, shape, stride=stride) for stride in (1, 2))
     return {1: 1.0, 2: half / full}
 
 

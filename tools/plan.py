@@ -5,17 +5,14 @@
     python -m tools.plan sample --preset wan-1.3b
     python -m tools.plan tables                                the tables of docs/costs.md
 
-Costs are counted, not measured (see tools/costs.py): the functions that train.py and sample.py call
-run on PyTorch's meta device, on two shallow models. All blocks cost the same, so the costs of the
-full depth follow from these two. The text encoder and the VAE are those of transformers and
-diffusers, so `sample` and `tables` need the extra `wan`.
+Costs are computed, not measured. This file has the formulas of training, tools/costs.py those of
+the networks. The tests compare both with what PyTorch counts when small models run.
 """
 
-import functools
 import itertools
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,19 +20,10 @@ import torch
 
 import adavid
 from runtime import cli
-from runtime.lora import add_adapters
-from tiny_wan import PRESETS, ToyCodec, WanCodec
-from tools.costs import (
-    PAGE,
-    TF32,
-    at_full_depth,
-    build,
-    count,
-    count_forward,
-    count_text_encoder,
-    count_vae,
-    inputs,
-)
+from tiny_wan import PRESETS, ToyCodec, WanCodec, WanModel
+from tiny_wan.model import KEPT_PRECISE
+from tools import costs
+from tools.costs import PAGE, TF32, tokens
 from tools.page import fill, markdown
 
 AVD = adavid.AVDConfig()
@@ -95,52 +83,52 @@ def main(argv=None):
     return cli.run(lambda args: programs[type(args)](args), Distill | Sample | Tables, argv)
 
 
-@functools.cache
-def count_cycle(config, shape, batch_size=1, lora=0, one_rollout=False):
-    """A cycle on one GPU, with checkpointing: `[FLOPs, kept bytes, working bytes]`.
+def cycle_flops(config, shape, lora=0, one_rollout=False):
+    """FLOPs of a training cycle for each video of a batch, with checkpointing."""
+    c, l = config, tokens(config, shape)
+    products, attention, rest = costs.forward_parts(c, shape)
+    adapters = 2 * lora * c.num_layers * sum(
+        rows * (i + o) for rows, i, o in costs.linear_layers(c, l))
+    teacher = products + attention + rest
+    trained = teacher + adapters
+    # Checkpointing runs the blocks again. Flash attention computes the scores again: after two
+    # products in forward, backward has five. Other products have a gradient to each factor.
+    backward = products + attention + adapters + 2.5 * attention
+    if lora:
+        # Frozen weights need no gradient. Neither does what depends on no adapter: the text, and
+        # the input of the first block's queries, keys and values.
+        unneeded = 2 * c.dim**2 * (2 * c.num_layers * c.text_len + 3 * l)
+        backward += products - unneeded + 2 * adapters
+    else:
+        backward += 2 * (products + rest)
+    # Rollouts end at each step with equal probability. The student's update also takes forwards of
+    # the critic, of the student on a real video, and two of the teacher.
+    rollouts = 1 if one_rollout else AVD.critic_updates
+    forwards = rollouts * (len(AVD.timesteps) + 1) / 2 + 2 + AVD.critic_updates
+    backwards = 2 + AVD.critic_updates
+    return 2 * teacher + forwards * trained + backwards * backward
 
-    Kept bytes are those that backward waits for. The student has two graphs, but only one at a time
-    is in memory, so the larger one counts. Working bytes are those that backward needs on top. They
-    are slightly too many: the meta device runs RMSNorm as several operations, a GPU as one.
+
+def cycle_activations(config, shape, lora=0):
+    """Bytes of a video that are kept for backward, with checkpointing, and those at its peak.
+
+    The student's update has two graphs, but only one at a time is in memory. The peak is slightly
+    too high: RMSNorm is taken as several operations, and is one on a GPU.
     """
-    def counted(config):
-        teacher = build(config).requires_grad_(False)
-        if lora:
-            trained = [teacher]
-            with torch.device("meta"):
-                teacher, student, critic = add_adapters(teacher, lora, ("student", "critic"))
-            student.activate()
-        else:
-            student, critic = trained = [build(config), build(config)]
-        for model in trained:
-            model.gradient_checkpointing = True
-            for p in model.parameters():
-                if p.requires_grad:  # `memory` counts the gradients of weights
-                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        cache = adavid.LossMeanCache(len(AVD.timesteps)).to("meta")
-        real, text = inputs(config, shape, batch_size)
-
-        def rollout(step):
-            with torch.no_grad():
-                return count(lambda: adavid.backward_simulation(student, real, text, step, AVD))
-
-        def losses(step):
-            terms = adavid.student_losses(
-                student, teacher, critic, cache, real, text, text, step, AVD)
-            return (count(lambda: next(terms)[0]) for _ in range(2))
-
-        # Rollouts end at each step with equal probability, and each step adds one forward.
-        last = len(AVD.timesteps) - 1
-        matching, regression = losses(0)
-        matching = (matching + next(losses(last))) / 2
-        learning, kept, peak = count(lambda: adavid.critic_loss(critic, real, text, AVD))
-        flops = matching[0] + regression[0] + AVD.critic_updates * learning
-        if not one_rollout:
-            flops += (AVD.critic_updates - 1) * (rollout(0)[0] + rollout(last)[0]) / 2
-        return np.array([flops, max(matching[1], regression[1]), peak - kept])
-
-    # With LoRA, backward ends inside the first block, so this block is unlike the others.
-    return at_full_depth(config, counted, depth=2 if lora else 1)
+    d, hidden, l = config.dim, config.ffn_dim, tokens(config, shape)
+    # The blocks' inputs in bfloat16, and cosines and sines of the rotations in float32.
+    inputs = l * (2 * config.num_layers * d + 8 * d // config.num_heads)
+    # The head's norm and modulation, and the loss, whose tensors are as large as the video.
+    head = l * (4 if lora else 10) * d + 12 * math.prod(shape)
+    # What a block saves, for each token and channel: self-attention 38 bytes, cross-attention 18
+    # and the feed-forward network 14, beside its hidden layer before and after GELU. With LoRA,
+    # the inputs of frozen norms and gates are not needed: 22, 14 and 6.
+    saved = (42 if lora else 70) * d + 4 * hidden
+    # The peak comes at once, with the gradients of the gated residual in float32. With LoRA, these
+    # wait while the block runs again, or it comes when the hidden layer has two gradients, from
+    # base and adapter.
+    gradients = max(16 * d, 2 * d + 4 * hidden) if lora else 14 * d
+    return inputs + head, inputs + l * (saved + gradients)
 
 
 def memory(config, gpus=1, lora=0):
@@ -151,8 +139,8 @@ def memory(config, gpus=1, lora=0):
     model = build(config)
     total, block = parameters(model), parameters(model.blocks[0])
     if lora:
-        adapter = config.num_layers * parameters(
-            add_adapters(build(replace(config, num_layers=1)), lora, ("student",))[1])
+        layers = costs.linear_layers(config, 1)
+        adapter = lora * config.num_layers * sum(i + o for _, i, o in layers)
         base, block = (sum(p.nbytes for p in part.parameters()) for part in (
             model, model.blocks[0]))
         return {"weights: one frozen base, bfloat16, sharded": base / gpus,
@@ -166,6 +154,16 @@ def memory(config, gpus=1, lora=0):
             # In bfloat16, the block at work and the next one. A block's gradients are in bfloat16
             # and, on the way to their shards, in float32.
             "unsharded: two blocks, a block's gradients": 4 * block + 6 * block}
+
+
+def build(config):
+    """A model without content, as it computes on a GPU: bfloat16, and float32 as Wan has it."""
+    with torch.device("meta"):
+        model = WanModel(config).bfloat16()
+    for name, p in model.named_parameters():
+        if KEPT_PRECISE.search(name):
+            p.data = p.data.float()
+    return model
 
 
 def parameters(module):
@@ -188,14 +186,9 @@ def introduce(args):
     config, shape = PRESETS[args.preset], latent_shape(args)
     print(f"{args.preset}: {parameters(build(config)) / 1e9:.3f} billion parameters\n"
           f"a video: {' x '.join(map(str, shape))} latents, {tokens(config, shape):,} tokens\n"
-          f"FLOPs and bytes are counted, not measured. Times assume {args.utilisation:.0%} of "
+          f"FLOPs and bytes are computed, not measured. Times assume {args.utilisation:.0%} of "
           f"{args.tflops:g} TFLOP/s.")
     return config, shape
-
-
-def tokens(config, shape, stride=1):
-    _, f, h, w = shape
-    return len(range(0, f, stride)) * h * w // math.prod(config.patch_size)
 
 
 def print_rows(title, rows):
@@ -224,27 +217,27 @@ def plan_distill(args):
 
 def distillation(args):
     """Bytes on each GPU by component, FLOPs of a cycle on each, number of cycles, and hours."""
-    config = PRESETS[args.preset]
-    flops, kept, working = count_cycle(
-        config, latent_shape(args), args.batch_size, args.lora, args.one_rollout)
+    config, shape = PRESETS[args.preset], latent_shape(args)
+    kept, peak = cycle_activations(config, shape, args.lora)
     parts = memory(config, args.gpus, args.lora) | {
-        "activations kept for backward: inputs of blocks": kept,
-        "activations of one block, recomputed in backward": working}
-    flops *= args.accumulate
-    cycles = math.ceil(args.videos / (args.gpus * args.batch_size * args.accumulate))
+        "activations kept for backward: inputs of blocks": args.batch_size * kept,
+        "activations of one block, recomputed in backward": args.batch_size * (peak - kept)}
+    videos = args.batch_size * args.accumulate
+    flops = videos * cycle_flops(config, shape, args.lora, args.one_rollout)
+    cycles = math.ceil(args.videos / (args.gpus * videos))
     return parts, flops, cycles, cycles * seconds(args, flops) / 3600
 
 
 def plan_sample(args):
     config, shape = introduce(args)
-    forwards = {stride: count_forward(config, shape, args.batch_size, stride)
+    forwards = {stride: args.batch_size * costs.forward_flops(config, shape, stride)
                 for stride in sorted({1, *AVD.strides})}
-    full, _, activations = forwards[1]
+    full = forwards[1]
     four = len(AVD.strides) * full
-    decoupled = sum(forwards[stride][0] for stride in AVD.strides)
+    decoupled = sum(forwards[stride] for stride in AVD.strides)
     rows = {f"a forward at frame stride {stride}: {tokens(config, shape, stride):,} tokens, "
             f"{flops / full:.2f} of the full rate": flops
-            for stride, (flops, *_) in forwards.items()} | {
+            for stride, flops in forwards.items()} | {
         "student, all steps at the full rate": four,
         f"student, steps at strides {' '.join(map(str, AVD.strides))}, "
         f"{decoupled / four:.3f} of that": decoupled,
@@ -254,14 +247,15 @@ def plan_sample(args):
         for name, flops in rows.items()})
     memory = {
         "weights, bfloat16": sum(p.nbytes for p in build(config).parameters()),
-        "activations of a forward at their peak (an estimate)": activations}
+        "activations of a forward at their peak (an estimate)":
+            args.batch_size * costs.forward_activations(config, shape)}
     if args.preset != "tiny":
         print_rows("PFLOPs of all that one waits for, and seconds", {
             f"{name}: {time:,.3g} seconds": flops / 1e15
             for name, (flops, time) in whole_wait(args).items()})
-        for dtype in ("float32", "bfloat16"):
-            *_, memory[f"activations of the VAE in {dtype} at their peak (an estimate)"] = (
-                count_vae("decode", shape, getattr(torch, dtype)))
+        for dtype, size in (("float32", 4), ("bfloat16", 2)):
+            memory[f"activations of the VAE in {dtype} at their peak (an estimate)"] = (
+                size * costs.vae_activations(shape))
     print_rows("GB of memory, without the text encoder",
                {name: size / 1e9 for name, size in memory.items()})
 
@@ -269,13 +263,12 @@ def plan_sample(args):
 def whole_wait(args):
     """`[FLOPs, seconds]` of all that makes a batch of Wan's videos, by part and in all."""
     def cost(flops, peak=1):
-        return np.array([flops, seconds(args, flops) / peak])
+        return args.batch_size * np.array([flops, seconds(args, flops) / peak])
 
     config, shape = PRESETS[args.preset], latent_shape(args)
-    text = cost(args.batch_size * count_text_encoder(config.text_len)[0])
-    student = cost(sum(count_forward(config, shape, args.batch_size, stride)[0]
-                       for stride in AVD.strides))
-    vae = args.batch_size * count_vae("decode", shape)[0]
+    text = cost(costs.text_encoder_flops(config.text_len))
+    student = cost(sum(costs.forward_flops(config, shape, stride) for stride in AVD.strides))
+    vae = costs.vae_flops("decode", shape)
     exact, rough = cost(vae, TF32), cost(vae)
     return {f"text encoder, {config.text_len} tokens": text,
             f"student, steps at strides {' '.join(map(str, AVD.strides))}": student,

@@ -122,9 +122,9 @@ def plan(args):
     config = WanConfig.from_pretrained(args.model)
     shape = WanCodec.latent_shape(WanCodec, args.frames, args.height, args.width, 2)
     speed, videos = args.tflops * 1e12 * 0.4, len(PROMPTS)
-    forward, text, encode, decode = (counted[0] / speed for counted in (
-        costs.count_forward(config, shape), costs.count_text_encoder(),
-        costs.count_vae("encode", shape), costs.count_vae("decode", shape)))
+    forward, text, encode, decode = (flops / speed for flops in (
+        costs.forward_flops(config, shape), costs.text_encoder_flops(),
+        costs.vae_flops("encode", shape), costs.vae_flops("decode", shape)))
     text *= videos + 1  # the negative prompt
     encode, decode = (videos * seconds / costs.TF32 for seconds in (encode, decode))
     return {
