@@ -43,6 +43,7 @@ def test_the_model_compiles_for_any_length_and_frame_rate(models):
         torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strides, step", [((1, 1, 1, 1), 1), ((2, 2, 1, 1), 1)])
 def test_a_student_step_compiles(models, strides, step):
     student, teacher, critic = models

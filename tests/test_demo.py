@@ -71,10 +71,10 @@ def test_errors_are_one_line(folder, toy_folder, capsys, wrong, says):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [
     lambda process: os.killpg(process.pid, signal.SIGINT),  # as a terminal does
-    pytest.param(lambda process: process.terminate(), marks=pytest.mark.long)],
-    ids=["Ctrl-C", "SIGTERM"])
+    lambda process: process.terminate()], ids=["Ctrl-C", "SIGTERM"])
 def test_stopping_the_demo_saves_both_runs(stop, toy_folder, tmp_path):
     command = [sys.executable, "-m", "tools.demo", *flags(toy_folder, tmp_path, "999")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
