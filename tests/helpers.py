@@ -48,7 +48,9 @@ def distill(model, out, *flags, steps=2, batch_size=2):
 # Importing PyTorch takes seconds. On Linux, where fork is safe, a server does it once for all.
 FORK = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
-PROCESSES.set_forkserver_preload(["train", "torch.distributed.run"])
+# The last three are imported only when the first optimizer, sharded model or adapter is made.
+PROCESSES.set_forkserver_preload([
+    "train", "torch.distributed.run", "torch._dynamo", "torch.distributed.fsdp", "peft"])
 STREAMS = ("stdout", "stderr")
 
 

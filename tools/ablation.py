@@ -108,7 +108,8 @@ def run(args):
         # A job has a process of its own. An error or Ctrl-C terminates all; then train.py saves.
         method = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere fork is not safe
         processes = multiprocessing.get_context(method)
-        processes.set_forkserver_preload(["tools.ablation"])  # PyTorch takes seconds to import
+        # PyTorch takes seconds to import, and dynamo, which its optimizers need, another one.
+        processes.set_forkserver_preload(["tools.ablation", "torch._dynamo"])
         pool = processes.Pool(min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
         starts = {student["init"] for student in conditions["students"].values()
                   if "init" in student}  # are trained before what starts from them
