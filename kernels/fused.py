@@ -132,6 +132,8 @@ def variance_backward(
 # What is read has strides of batch, channel and frame, so that no view is copied first. The frame
 # interpolator's residual is a view: all channels but one of its UNet's output, which has frames
 # before channels. In its training x0 is a view as well: every second frame.
+#
+# `f` is constexpr, as the interpreter of Triton 3.6 cannot loop up to an argument.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -179,7 +181,7 @@ def launch(kernel, x0, blend, third, *results):
 @triton.jit
 def interpolate_forward(
     x0_ptr, blend_ptr, residual_ptr, out_ptr,
-    c, f, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
+    c, f: tl.constexpr, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
     residual_stride_b, residual_stride_c, residual_stride_f,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +212,7 @@ def interpolate_forward(
 @triton.jit
 def interpolate_backward(
     x0_ptr, blend_ptr, grad_ptr, grad_x0_ptr, grad_blend_ptr, grad_residual_ptr,
-    c, f, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
+    c, f: tl.constexpr, hw, x0_stride_b, x0_stride_c, x0_stride_f, blend_stride_b, blend_stride_f,
     grad_stride_b, grad_stride_c, grad_stride_f,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
