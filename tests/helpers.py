@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,9 @@ def run_program(words, cwd, output):
 def torchrun(*words, cwd=ROOT):
     """Run two ranks to the end. -> subprocess.CompletedProcess"""
     ranks = ["--nproc_per_node=2", "--run-path", f"--start-method={'fork' if FORK else 'spawn'}"]
+    if torch.__version__ < "2.12":  # there, all would use one port, also those of other tests
+        with socket.create_server(("localhost", 0)) as free:
+            ranks += [f"--master-port={free.getsockname()[1]}"]
     return Program("-m", "torch.distributed.run", *ranks, *words, cwd=cwd).wait()
 
 

@@ -516,7 +516,9 @@ def test_each_method_makes_an_update_on_wan_and_samples(method, inputs, tmp_path
 
 
 @pytest.mark.parametrize("method, flags", [
-    ("lcm", []), ("dcm", []), ("rcm", ["--tangent", "jvp"]), ("dfd", [])])
+    ("lcm", []), ("dcm", []), ("dfd", []),
+    pytest.param("rcm", ["--tangent", "jvp"], marks=pytest.mark.skipif(
+        torch.__version__ < "2.13", reason="its derivative in bfloat16 needs torch 2.13"))])
 def test_each_method_runs_in_bfloat16_and_sharded_as_on_one_gpu(method, flags, toy_folder,
                                                                 tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
