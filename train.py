@@ -155,7 +155,7 @@ TOY_NUMBERS = AVDConfig(guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0,
 
 def train_teacher(args):
     device, codec = init_distributed(args.device), ToyCodec()
-    cli.announce(device, torch.float32, args.device)
+    cli.announce(device, None, args.device)
     data, pictures = Toy(codec, args.seed), Pictures.of_toy(device)
     model = WanModel(PRESETS["tiny"]).init_weights(args.seed).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -266,7 +266,7 @@ def learning_rate(args, step):
 
 def train_interpolator(args):
     device, data = init_distributed(args.device), open_data(args.data, args.seed)
-    cli.announce(device, torch.float32, args.device)
+    cli.announce(device, None, args.device)
     if not data.has_videos:
         raise ValueError(f"{args.data}: holds no videos, and an interpolator needs them")
     torch.manual_seed(args.seed)

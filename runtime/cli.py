@@ -191,7 +191,7 @@ def announce(device, dtype, asked="auto"):
     """Print the device and the dtype, on the first rank: every program's first line.
 
     It also says why it is not bfloat16 on a GPU, or no GPU though one seems to be there.
-    dtype: of `pick_dtype`.
+    dtype: of `pick_dtype`; None if the program computes in float32 anyway.
     asked: the value of --device.
 
     ValueError if torch finds the device but cannot compute on it: it may be too old, say.
@@ -199,13 +199,13 @@ def announce(device, dtype, asked="auto"):
     try:
         (torch.ones(1, device=device) + 1).item()
     except (AssertionError, RuntimeError) as error:
-        line, *_ = str(error).splitlines()
+        line = str(error).partition("\n")[0]
         raise ValueError(f"--device {device.type}: {line}; try --device cpu") from None
     name, why = device.type, None
     if name == "cuda" and torch.cuda.is_available():
         name = f"{name} ({torch.cuda.get_device_name(device)})"
         if dtype == torch.float32 and not has_bfloat16():
-            why = "this GPU has no bfloat16, so all takes longer, and twice the memory"
+            why = "this GPU has no bfloat16, so it takes longer, and twice the memory"
     if name == "cpu" and asked == "auto":
         why = why_no_gpu()
     if os.environ.get("RANK", "0") == "0":
@@ -228,6 +228,5 @@ def why_no_gpu():
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
-        line, *_ = str(error).splitlines()
-        return f"the {maker} GPU is not used: {line}"
+        return f"the {maker} GPU is not used: " + str(error).partition("\n")[0]
     return None

@@ -69,7 +69,7 @@ def main(argv=None):
 
 def run(args):
     load_config(args.model)  # so that a missing teacher is reported once, and not by each process
-    cli.announce(cli.pick_device(args.device), torch.float32, args.device)
+    cli.announce(cli.pick_device(args.device), None, args.device)
     distil(args)
     write_report(args)
 

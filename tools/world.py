@@ -43,7 +43,7 @@ def main(argv=None):
 
 def run(args):
     device, codec = cli.pick_device(args.device), ToyCodec()
-    cli.announce(device, torch.float32, args.device)
+    cli.announce(device, None, args.device)
     teacher = WanModel.from_pretrained(args.model, torch.float32, device).eval()
     config = load_config(args.model)
     blocks = {"bars": page.markdown(bars(args, teacher, config, codec, device)),
