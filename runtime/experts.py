@@ -24,8 +24,7 @@ class Experts(nn.Module):
         return [*self.semantic.blocks, *self.detail.blocks]
 
     def forward(self, x_t, t, text):
-        # On the meta device, where costs are counted, t has no value; both experts cost the same.
-        expert = self.detail if t.is_meta or t[0] <= self.split else self.semantic
+        expert = self.detail if t[0] <= self.split else self.semantic
         return expert(x_t, t, text)
 
 

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import train
 from adavid import AVDConfig, FrameInterpolator
@@ -51,7 +49,7 @@ FORK = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
 # The last three are imported only when the first optimizer, sharded model or adapter is made.
 PROCESSES.set_forkserver_preload([
-    "train", "torch.distributed.run", "torch._dynamo", "torch.distributed.fsdp", "peft"])
+    "tests.helpers", "torch.distributed.run", "torch._dynamo", "torch.distributed.fsdp", "peft"])
 STREAMS = ("stdout", "stderr")
 
 
@@ -91,10 +89,11 @@ def run_program(words, cwd, output):
 
 def torchrun(*words, cwd=ROOT):
     """Run two ranks to the end. -> subprocess.CompletedProcess"""
-    ranks = ["--nproc_per_node=2", "--run-path", f"--start-method={'fork' if FORK else 'spawn'}"]
-    if torch.__version__ < "2.12":  # there, all would use one port, also those of other tests
-        with socket.create_server(("localhost", 0)) as free:
-            ranks += [f"--master-port={free.getsockname()[1]}"]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    # The static rendezvous, because the usual one calls inspect.stack() for seconds.
+    ranks = ["--nproc_per_node=2", "--rdzv-backend=static", f"--master-port={port}", "--run-path",
+             f"--start-method={'fork' if FORK else 'spawn'}"]
     return Program("-m", "torch.distributed.run", *ranks, *words, cwd=cwd).wait()
 
 
@@ -140,31 +139,6 @@ def random_model(config, seed=0):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3 if p.ndim == 1 else p.shape[-1] ** -0.5, generator=g)
     return model
-
-
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-FORMULAS = flop_registry | {  # PyTorch has them for a GPU's flash attention, but not for a CPU's
-    FLASH: lambda *args, **_: sdpa_flop_count(*(x.shape for x in args[:3])),
-    FLASH_BACKWARD: lambda *args, **_: sdpa_backward_flop_count(*(x.shape for x in args[:4]))}
-
-
-class Flops(TorchDispatchMode):
-    """Counts FLOPs by the formulas of PyTorch's FlopCounterMode, in a third of its time."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if formula := FORMULAS.get(op.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def count_flops(function):
-    with Flops() as counter:
-        function()
-    return counter.flops
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import torch
 import adavid
 import sample
 import train
-from tests.helpers import FLASH_BACKWARD, FORMULAS, complaint, count_flops
+from tests.helpers import complaint
 from tiny_wan import PRESETS, WanConfig, WanModel
 from tools import bench, encode, export, gpu_check, wan_check
-from tools.costs import forward_flops
+from tools.costs import FLASH_BACKWARD, FORMULAS, count_flops, forward_flops
 
 
 @pytest.mark.parametrize("preset", ["wan-1.3b", "wan-14b"])

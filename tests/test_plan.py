@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import adavid
 from runtime.lora import add_adapters
-from tests.helpers import FOUR_STEPS, Flops, count_flops
+from tests.helpers import FOUR_STEPS
 from tiny_wan import PRESETS, WanCodec, WanConfig
 from tools import costs, plan
 
@@ -91,9 +91,9 @@ def test_a_cycle_costs_what_real_tensors_cost(config, shape, lora, monkeypatch):
                - allocated(real.critic_loss)[-1])
     assert peak - kept == pytest.approx(working, rel=0.1)
 
-    critic = 5 * count_flops(lambda: real.critic_loss().backward())
-    rollouts = 4 * count_flops(real.rollout)
-    student = count_flops(lambda: [loss().backward() for loss in losses])
+    critic = 5 * costs.count_flops(lambda: real.critic_loss().backward())
+    rollouts = 4 * costs.count_flops(real.rollout)
+    student = costs.count_flops(lambda: [loss().backward() for loss in losses])
     counted, sparing = (plan.cycle_flops(config, shape, lora, one) for one in (False, True))
     assert counted == pytest.approx(critic + rollouts + student, rel=0.01)
     assert counted - sparing == pytest.approx(rollouts, rel=0.01)
@@ -106,10 +106,10 @@ def test_sampling_costs_what_real_tensors_cost(config, shape):
     model = plan.build(config).to_empty(device="cpu").init_weights()
     interpolator = adavid.FrameInterpolator(config.in_dim, 8)
     noise, text = torch.randn(1, *shape), torch.randn(1, config.text_len, config.text_dim)
-    student = count_flops(lambda: adavid.sample(model, noise, text, plan.AVD, interpolator))
-    assert student - count_flops(lambda: interpolator(noise[:, :, ::2])) == sum(
+    student = costs.count_flops(lambda: adavid.sample(model, noise, text, plan.AVD, interpolator))
+    assert student - costs.count_flops(lambda: interpolator(noise[:, :, ::2])) == sum(
         costs.forward_flops(config, shape, stride=stride) for stride in plan.AVD.strides)
-    teacher = count_flops(lambda: adavid.sample_teacher(model, noise, text, text, steps=1))
+    teacher = costs.count_flops(lambda: adavid.sample_teacher(model, noise, text, text, steps=1))
     assert teacher == 2 * costs.forward_flops(config, shape)
     peak = max(allocated(lambda: model(noise, torch.ones(1), text)))
     assert costs.forward_activations(config, shape) == pytest.approx(peak, rel=0.05)
@@ -120,12 +120,12 @@ def test_the_text_encoder_costs_what_real_tensors_cost(monkeypatch):
     sizes = {"vocab_size": 200, "d_model": 64, "d_kv": 8, "d_ff": 96, "num_layers": 3,
              "num_heads": 6}
     encoder = UMT5EncoderModel(UMT5Config(**sizes))
-    real = count_flops(lambda: encoder(torch.zeros(1, 40, dtype=torch.long)))
+    real = costs.count_flops(lambda: encoder(torch.zeros(1, 40, dtype=torch.long)))
     monkeypatch.setattr(WanCodec, "UMT5_XXL", sizes)
     assert costs.text_encoder_flops(40) == real
 
 
-class Live(Flops):
+class Live(costs.Flops):
     """Counts also the most bytes of new meta tensors at once."""
 
     bytes = peak = 0

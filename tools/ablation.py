@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import adavid
@@ -48,6 +47,7 @@ from runtime.run import make_generator
 from sample import sample_batches
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
 from tools import page
+from tools.costs import count_flops
 
 CONDITIONS = Path(__file__).with_suffix(".toml")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -303,12 +303,12 @@ def spoil(kind, video, generator):
     }[kind]
 
 
-def sampler_of(row, folder, device="cpu"):
+def sampler_of(row, folder):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    model, sample_student = load_student(folder, torch.float32, device)
-    config, interpolator = load_config(folder), load_interpolator(folder, device)
+    model, sample_student = load_student(folder, torch.float32, "cpu")
+    config, interpolator = load_config(folder), load_interpolator(folder, "cpu")
     if "steps" in row:
-        null_text = ToyCodec().encode_text([row.get("null_prompt", "")]).to(device)
+        null_text = ToyCodec().encode_text([row.get("null_prompt", "")])
         return lambda noise, text, generator: adavid.sample_teacher(
             model, noise, text, null_text, row["steps"], config.guidance_scale)
     if "strides" in row:
@@ -335,11 +335,9 @@ def measure(conditions, name, folder, seed):
         video = codec.decode(torch.cat(list(sample_batches(
             sampler_of(row, folder), text, codec.latent_shape(), eval_seed << 16, batch_size=64))))
         seconds = (time.perf_counter() - start) / len(video)
-        one = (torch.empty(1, *shape, device="meta") for shape in (
-            codec.latent_shape(), (1, codec.text_dim)))  # nothing is computed
-        with FlopCounterMode(display=False) as counter:  # the teacher's steps all cost the same
-            sampler_of(row | {"steps": 1} if "steps" in row else row, folder, "meta")(*one, None)
-        flops = counter.get_total_flops() * row.get("steps", 1)
+        one = (torch.zeros(1, *shape) for shape in (codec.latent_shape(), (1, codec.text_dim)))
+        sampler = sampler_of(row | {"steps": 1} if "steps" in row else row, folder)
+        flops = count_flops(lambda: sampler(*one, None)) * row.get("steps", 1)  # all cost the same
         steps = row.get("steps", len(load_config(folder).timesteps))
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
@@ -357,7 +355,7 @@ def measure(conditions, name, folder, seed):
                             if (values := [s[key] for s in log if s.get(key) is not None])}
         student = conditions["students"][row["student"]]
         if line["training"] and "cache" not in student:
-            line["weights"] = weights(folder, log[-1], real, prompts)
+            line["weights"] = weights(folder, conditions["prompts"], eval_seed)
     shown = {row for question in conditions["questions"][:2] for row in question["rows"]}
     if seed == conditions["seeds"][0] and name in shown:
         line["videos"] = [page.moving_picture(video[i]) for i in page.shown(prompts)]
@@ -369,9 +367,12 @@ def compact(value):
     return None if value != value else int(value) if value in (0, 1) else round(value, 3)
 
 
-def weights(folder, log, real, prompts):
+@functools.cache  # rows share students
+def weights(folder, count, eval_seed):
     """The weights of a finished student: for each kind of real videos, the mean at each step. And
     the correlation of the reliable ones' weights with what the videos show."""
+    log = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    real, prompts = world.make(eval_seed, range(count))
     config, codec, text = load_config(folder), ToyCodec(), ToyCodec().encode_text(prompts)
     student, result = WanModel.from_pretrained(folder, torch.float32), {}
     for kind in ("reliable", *KINDS):
