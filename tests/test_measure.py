@@ -116,8 +116,8 @@ FAULTS = {  # what is done to a video, and the reading that tells, with its sign
 def folders(tmp_path_factory):
     """Toy videos as mp4s, two of each prompt, and a folder for each fault."""
     root = tmp_path_factory.mktemp("measure")
-    _, prompts = world.make(SEED, range(6))
-    real, _ = world.make(SEED, range(12))
+    _, prompts = world.make(SEED, range(4))
+    real, _ = world.make(SEED, range(8))
     for fault, (change, *_) in {"real": (lambda v: v,), **FAULTS}.items():
         (root / fault).mkdir()
         for name, video in zip(file_names(np.repeat(prompts, 2).tolist()), real):
@@ -135,7 +135,7 @@ def test_a_fault_is_told_from_the_original_by_its_reading(fault, folders, tmp_pa
     assert (means["low"] if sign > 0 else -means["high"]) > 0
     heads, *_, last = capsys.readouterr().out.splitlines()
     assert heads.split() == ["prompts", *measure.COLUMNS]
-    assert last.startswith("difference") and last.split()[1] == "6"
+    assert last.startswith("difference") and last.split()[1] == "4"
 
 
 def test_prompts_are_matched_by_name_and_a_single_video_has_no_diversity(folders, tmp_path, capsys):

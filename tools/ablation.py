@@ -46,7 +46,7 @@ from runtime.models import load_config, load_interpolator
 from runtime.run import make_generator
 from sample import sample_batches
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
-from tools import page
+from tools import page, plan
 from tools.costs import count_flops
 
 CONDITIONS = Path(__file__).with_suffix(".toml")
@@ -496,10 +496,13 @@ def training_memory(student):
 
     There are three models, gradients of one, and two moments of each model that AdamW trains.
     """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in WanModel(PRESETS["wan-1.3b"]).parameters())
     trained = 1 if student.get("method") == "lcm" else 2  # the others have a critic, or two experts
-    return 4 * (3 + 1 + 2 * trained) * parameters / 1e9
+    return 4 * (3 + 1 + 2 * trained) * parameters_of_wan() / 1e9
+
+
+@functools.cache
+def parameters_of_wan():
+    return plan.parameters(plan.build(PRESETS["wan-1.3b"]))
 
 
 @functools.cache
