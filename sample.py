@@ -161,8 +161,9 @@ def run(args):
         with watch("denoise"):
             if args.teacher:
                 return adavid.sample_teacher(
-                    counted, noise, text, null_text, args.steps, config.guidance_scale,
-                    args.shift, codec.solver).cpu()
+                    counted, noise, text, null_text, steps=args.steps,
+                    guidance_scale=config.guidance_scale, shift=args.shift,
+                    solver=codec.solver).cpu()
             return sample_student(counted, noise, text, config, interpolator, generator).cpu()
 
     names, rows, kept = list(file_names(titles)), [], []

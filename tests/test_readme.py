@@ -8,11 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import adavid
 import baselines
 import sample
 import train
@@ -136,6 +138,8 @@ def test_the_wan_page_runs_from_videos_to_a_student_in_stock_diffusers(
 
 def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    few = partial(adavid.sample_teacher, steps=2)  # for the teacher's pictures, not 50
+    monkeypatch.setattr(adavid, "sample_teacher", few)
     page = text_of(TRAINING)
     small = {"train.py": SMALL["train.py"], "sample.py": ["--device", "cpu"]}
     for line in commands(TRAINING):
