@@ -47,9 +47,10 @@ def distill(model, out, *flags, steps=2, batch_size=2):
 # Importing PyTorch takes seconds. On Linux, where fork is safe, a server does it once for all.
 FORK = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
+# The first is the module of what the processes run; the ablation's jobs come from this server too.
 # The last three are imported only when the first optimizer, sharded model or adapter is made.
-PROCESSES.set_forkserver_preload([
-    "tests.helpers", "torch.distributed.run", "torch._dynamo", "torch.distributed.fsdp", "peft"])
+PROCESSES.set_forkserver_preload(["tests.helpers", "tools.ablation", "torch.distributed.run",
+                                  "torch._dynamo", "torch.distributed.fsdp", "peft"])
 STREAMS = ("stdout", "stderr")
 
 

@@ -45,7 +45,7 @@ PROGRAMS = {"sample.py": sample.main, "train.py": train.main, "tools.ablation": 
             "tools.measure": measure.main, "tools.plan": plan.main,
             "tools.wan_check": wan_check.main, "tools.world": tool_world.main,
             "baselines.py": baselines.main}
-SIZE = ["--frames", "17", "--height", "32", "--width", "48", "--device", "cpu"]
+SIZE = ["--frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]
 SMALL = {"sample.py": SIZE, "tools.encode": SIZE,
          "train.py": ["--steps", "1", "--batch-size", "1", "--device", "cpu"]}
 

@@ -260,6 +260,7 @@ def draw_gif(path, columns, prompts):
         for picture, video in pictures:
             picture.set_data(video[frame])
         canvas.draw()
+        figure.set_layout_engine("none")  # the first frame's layout is that of all
         frames.append(np.array(canvas.buffer_rgba())[..., :3])
     # All frames share one palette: with a palette for each, colours would flicker.
     strip = Image.fromarray(np.concatenate(frames)).quantize(128, kmeans=1).convert("RGB")
