@@ -107,6 +107,7 @@ def measurements(folder):
     return {(line["row"], line["seed"]): line for line in lines}
 
 
+@pytest.mark.long
 def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(folder, tmp_path):
     lines = measurements(folder)
     assert lines.keys() == {(row, seed) for row in (
@@ -128,6 +129,7 @@ def test_all_rows_and_seeds_are_measured_on_the_same_prompts_and_nothing_twice(f
     assert {key for key in lines if lines[key] != again[key]} == {("teacher", 0), ("teacher", 1)}
 
 
+@pytest.mark.long
 def test_pages_leave_out_what_is_not_measured_yet(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     lines = [line for line in (copy / "docs" / "measurements.jsonl").read_text().splitlines()
@@ -159,8 +161,9 @@ def test_ctrl_c_saves_the_students_and_starts_no_others(tmp_path):
         "to resume" in log.read_text() for log in started)
 
 
-def test_spoilt_videos_are_in_the_shards(folder):
-    data = Shards(folder / "out" / "data-spoilt-0", 0)
+def test_spoilt_videos_are_in_the_shards(tmp_path):
+    ablation.write_shards(tmp_path, 0, count=30, share=0.5, kinds=["cut", "night"])
+    data = Shards(tmp_path, 0)
     latents, _, prompts = data.batch(range(30))
     real, real_prompts = world.make(ablation.DATA_SEED, range(30))
     assert sorted(prompts) == sorted(real_prompts)
@@ -309,6 +312,7 @@ def test_what_a_student_starts_from_is_trained_even_if_its_own_rows_are_measured
         ("dfd", 0): ["dfd"], ("dfd", 1): ["dfd"], ("dmd", 0): [], ("dmd", 1): []}
 
 
+@pytest.mark.long
 def test_a_row_measured_again_is_printed_beside_its_first_measurement(folder, tmp_path, capsys):
     again = [*flags(folder)[:4], "--out", str(tmp_path), "--row"]
     assert ablation.main([*again, "teacher"]) == 0

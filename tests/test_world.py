@@ -1,5 +1,7 @@
 """The toy world and its oracle: each metric fails on a video made to fail it."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,7 +200,9 @@ def test_text_tells_which_ball_a_word_is_about():
     assert codec.encode_text([""]).shape == (1, 1, 2 * size)
 
 
-def test_the_command_measures_oracle_teacher_and_hardness(toy_folder, tmp_path, capsys):
+def test_the_command_measures_oracle_teacher_and_hardness(
+        toy_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "hardness", partial(tool.hardness, count=64))
     copy = tmp_path / "page.md"
     copy.write_text(tool.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     assert tool.main(["--model", str(toy_folder), "--prompts", "8", "--steps", "2", "--page",
