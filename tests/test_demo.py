@@ -65,7 +65,8 @@ def test_a_curve_of_the_students_videos_is_of_those_that_end_at_the_last_step():
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["--model", "nosuch"], "nosuch"), (["--seed", "1"], "seed was 0, now 1")])
+    (["--model", "nosuch"], "nosuch"),
+    pytest.param(["--seed", "1"], "seed was 0, now 1", marks=pytest.mark.long)])
 def test_errors_are_one_line(folder, toy_folder, capsys, wrong, says):
     assert says in complaint(capsys, demo.main([*flags(toy_folder, folder, "2"), *wrong]))
 

@@ -436,6 +436,7 @@ def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_
 
 # --- what must not go wrong with several ranks -----------------------------------------------
 
+@pytest.mark.long
 def test_saves_in_the_background_do_not_stop_the_loop(toy_folder, tmp_path):
     """Writing takes longer than a step, and takes each rank another time."""
     (tmp_path / "slow.py").write_text("""
@@ -486,6 +487,7 @@ def test_a_second_run_leaves_the_first_ones_folder_alone(toy_folder, tmp_path):
     assert token.read_text().startswith("of the first run")
 
 
+@pytest.mark.long
 def test_torchrun_names_a_dead_rank_and_restarts_all_to_the_same_bits(whole, toy_folder, tmp_path):
     (tmp_path / "die.py").write_text("""
 import os, signal, sys, train
