@@ -28,10 +28,10 @@ torture-ranks: .venv/all  ## kill one of two ranks under torchrun, again and aga
 	$(RUN) -m tests.torture --ranks
 
 ablation: .venv/core  ## measure all results in the toy world again (hours; resumes after a stop)
-	$(RUN) -m tools.ablation
+	$(RUN) -m experiments.ablation
 
 bench: .venv/all  ## count and time what things cost; writes docs/costs.md
-	$(RUN) -m tools.bench
+	$(RUN) -m experiments.bench
 	$(RUN) -m tools.plan tables
 
 bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB of disk)
@@ -44,7 +44,7 @@ wan-check: .venv/all  ## try the real Wan2.1 in the folder DIR on your GPU; prin
 	$(RUN) -m tools.wan_check --model $(DIR)
 
 weights: .venv/core  ## train the toy's teacher, interpolator and student again
-	$(RUN) train.py teacher --out runs/teacher --compile --score-prompts 512
+	$(RUN) -m experiments.teacher --out runs/teacher --compile --score-prompts 512
 	$(RUN) train.py interpolator --out runs/interpolator
 	cp runs/interpolator/interpolator.safetensors runs/teacher
 	$(RUN) train.py distill --out runs/student --model runs/teacher --steps 300

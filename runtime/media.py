@@ -36,6 +36,38 @@ def decode(file, filters, *output):
     return result.stdout, next(iter(messages.splitlines()), "too short")
 
 
+def read_video(file, frames=None, height=None, width=None, fps=None):
+    """RGB in [0, 1] `[3, f, h, w]`: what is trained on and what is measured.
+
+    frames: how many, from the start; by default all.
+    height, width: the video is scaled and cropped to them, or with a height alone only scaled; by
+        default its own.
+    fps: frames per second that it is resampled to; by default its own.
+
+    ValueError gives the reason why the video cannot be used.
+    """
+    filters = [f"fps={fps}"] if fps else []
+    if width:
+        filters += [f"scale={width}:{height}:force_original_aspect_ratio=increase",
+                    f"crop={width}:{height}"]
+    elif height:
+        filters += [f"scale=-2:{height}:flags=area"]
+    data, reason = decode(file, ",".join(filters or ["null"]),
+                          *(["-frames:v", str(frames)] if frames else []),
+                          "-f", "image2pipe", "-c:v", "ppm")
+    header = re.match(rb"P6\n(\d+) (\d+)\n255\n", data)  # of each frame
+    w, h = map(int, header.groups()) if header else (0, 0)
+    size = 3 * h * w
+    count = len(data) // (len(header[0]) + size) if header else 0
+    if frames and count < frames:
+        raise ValueError(f"{count} of {frames} frames at {fps} fps ({reason})")
+    if not count:
+        raise ValueError(f"not a video that can be decoded ({reason})")
+    video = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    video = video[:count * (len(header[0]) + size)].view(count, -1)[:, -size:]
+    return rearrange(video, "f (h w c) -> c f h w", h=h, w=w).float() / 255
+
+
 def file_names(prompts):
     """`{prompt}-{index}.mp4` for each prompt, as VBench expects; the index counts equal prompts.
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 import train
 from adavid import AVDConfig, FrameInterpolator
 from runtime import lora
-from runtime.checkpoints import list_checkpoints
+from runtime.checkpoints import Checkpointer, list_checkpoints
 from runtime.data import write_toy_shards
 from tiny_wan import PRESETS, ToyCodec, WanModel
 from tools import encode
@@ -47,10 +47,10 @@ def distill(model, out, *flags, steps=2, batch_size=2):
 # Importing PyTorch takes seconds. On Linux, where fork is safe, a server does it once for all.
 FORK = sys.platform == "linux"
 PROCESSES = multiprocessing.get_context("forkserver" if FORK else "spawn")
-# The first is the module of what the processes run; the ablation's jobs come from this server too.
-# The last three are imported only when the first optimizer, sharded model or adapter is made.
-PROCESSES.set_forkserver_preload(["tests.helpers", "tools.ablation", "torch.distributed.run",
-                                  "torch._dynamo", "torch.distributed.fsdp", "peft"])
+# The first is the module of what the processes run. The last three are imported only when the first
+# optimizer, sharded model or adapter is made.
+PROCESSES.set_forkserver_preload([
+    "tests.helpers", "torch.distributed.run", "torch._dynamo", "torch.distributed.fsdp", "peft"])
 STREAMS = ("stdout", "stderr")
 
 
@@ -124,6 +124,21 @@ def saved(out):
 def equal(a, b):
     """Whether two dicts hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def resumes_to_the_same_bits(train, whole, out, monkeypatch):
+    """Whether `train(out)`, interrupted at its first checkpoint, ends like the run `whole`."""
+    save = Checkpointer.save
+
+    def save_and_stop(self, state, step):
+        save(self, state, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_stop)
+    assert train(out) == 130
+    monkeypatch.undo()
+    assert train(out) == 0
+    return equal(saved(whole), saved(out))
 
 
 def weigh_and_update(cache, step, loss):

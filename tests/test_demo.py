@@ -12,8 +12,9 @@ import imageio.v3 as iio
 import pytest
 import torch
 
+from runtime import page
 from tests.helpers import complaint
-from tools import demo, page
+from tools import demo
 
 
 @pytest.fixture(scope="module")

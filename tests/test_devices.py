@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import baselines
 import kernels
 from kernels import reference
 from runtime import cli, distributed, pictures, run
@@ -280,13 +279,6 @@ sys.exit(code)
     assert code.returncode == 0, code.stderr
     first, *_, last = code.stdout.splitlines()
     assert first == "device: cpu, bfloat16" and last == "torch.bfloat16"
-
-
-def test_rcm_says_which_torch_its_derivative_needs(toy_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
-    code = baselines.main(["rcm", "--model", str(toy_folder), "--out", str(tmp_path), "--dtype",
-                           "bfloat16", "--tangent", "jvp", "--device", "cpu"])
-    assert "needs torch 2.13" in complaint(capsys, code)
 
 
 # --- one process among others ------------------------------------------------------------------

@@ -8,11 +8,9 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 
 import adavid
-import baselines
 import sample
 import train
 from adavid import AVDConfig
-from baselines import Baseline, BaselineConfig
 from runtime import cli
 from runtime.checkpoints import list_checkpoints
 from tests.helpers import read_lines
@@ -20,8 +18,8 @@ from tests.helpers import saved as newest
 from tiny_wan import checkpoint
 from tools import demo, encode, export, plan, wan_check
 
-PROGRAMS = (train.Teacher, train.Interpolator, train.Distill, sample.Sample, encode.Encode,
-            plan.Distill, demo.Demo, export.Export, wan_check.WanCheck, AVDConfig, Baseline)
+PROGRAMS = (train.Interpolator, train.Distill, sample.Sample, encode.Encode,
+            plan.Distill, demo.Demo, export.Export, wan_check.WanCheck, AVDConfig)
 VALUES = ("nan", "inf", "-inf", "-1", "1e31", "1e308", "1e999", "65536", "1000000000000",
           str(2**63), "9" * 30, "x", "", "0x10", "1_0", "None", "True")
 PLAUSIBLE = ("-0.0", "0", "0.5", "0.9", "1", "2", "1e-40", "1e-300", "1000", "1e6", "1e30")
@@ -43,14 +41,12 @@ def test_every_number_has_limits():
     missing = {name for program in PROGRAMS for name in numbers(program)} - cli.LIMITS.keys()
     assert not missing
     assert adavid.LIMITS.keys() == set(numbers(AVDConfig))
-    assert (adavid.LIMITS | baselines.LIMITS).keys() == set(numbers(BaselineConfig))
 
 
 def random_flags(rng):
     """A stage of train.py with one to three numbers that may be anything."""
-    stage = rng.choice(["distill"] * 18 + ["interpolator", "teacher"])
-    program = {"distill": train.Distill, "interpolator": train.Interpolator,
-               "teacher": train.Teacher}[stage]
+    stage = rng.choice(["distill"] * 18 + ["interpolator"] * 2)
+    program = {"distill": train.Distill, "interpolator": train.Interpolator}[stage]
     names = numbers(program) + numbers(AVDConfig) * (stage == "distill")
     flags, value = [], lambda: rng.choice(VALUES if rng.random() < 0.2 else PLAUSIBLE)
     for name in rng.sample(names, rng.randint(1, 3)):
@@ -68,8 +64,7 @@ def try_numbers(rng, model, out):
     """Train one step with random numbers: the flags, the exit code, and what went wrong."""
     stage, *flags = random_flags(rng)
     usual = {"distill": ["--steps", 1, "--batch-size", 2, "--model", model],
-             "interpolator": ["--steps", 1, "--batch-size", 2],
-             "teacher": ["--steps", 1, "--batch-size", 2, "--score-prompts", 2]}[stage]
+             "interpolator": ["--steps", 1, "--batch-size", 2]}[stage]
     code = train.main([stage, *map(str, usual), *flags, "--device", "cpu", "--out", str(out)])
     problem = None
     if code not in (0, 2):

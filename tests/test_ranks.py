@@ -521,7 +521,7 @@ distributed.init_distributed("cpu")
 with distributed.Watchdog():
     if os.environ["RANK"] == "1":
         # Stopped, it ignores torchrun's SIGTERM for 30 seconds, so something must wake it.
-        wake = f"import os, time; time.sleep(8); os.kill({os.getpid()}, {signal.SIGCONT})"
+        wake = f"import os, time; time.sleep(5); os.kill({os.getpid()}, {signal.SIGCONT})"
         subprocess.Popen([sys.executable, "-c", wake], start_new_session=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(30)

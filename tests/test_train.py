@@ -7,7 +7,6 @@ import shlex
 import signal
 import time
 from dataclasses import fields
-from functools import partial
 
 import pytest
 import torch
@@ -18,8 +17,16 @@ from adavid import AVDConfig, FrameInterpolator
 from runtime import checkpoints, pictures, run
 from runtime.checkpoints import list_checkpoints
 from runtime.models import load_config
-from tests.helpers import Program, complaint, distill, equal, read_lines, saved
-from tiny_wan import WanModel, checkpoint
+from tests.helpers import (
+    Program,
+    complaint,
+    distill,
+    equal,
+    read_lines,
+    resumes_to_the_same_bits,
+    saved,
+)
+from tiny_wan import checkpoint
 
 
 def steps_of_checkpoints(out):
@@ -28,47 +35,23 @@ def steps_of_checkpoints(out):
 
 # --- the stages --------------------------------------------------------------------------------
 
-STAGES = {
-    "teacher": ["--steps", "4", "--save-every", "2", "--batch-size", "2", "--score-prompts", "2"],
-    "interpolator": ["--steps", "120", "--save-every", "60", "--batch-size", "8", "--lr", "3e-3"],
-}
-
-
-def train_stage(stage, out, *flags):
-    return train.main([stage, *STAGES[stage], *flags, "--device", "cpu", "--out", str(out)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_pictures():
-    """The teacher's pictures are drawn in 2 steps, not 50."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adavid, "sample_teacher", partial(adavid.sample_teacher, steps=2))
-        yield
+def train_interpolator(out, *flags):
+    return train.main(["interpolator", "--steps", "120", "--save-every", "60", "--batch-size", "8",
+                       "--lr", "3e-3", *flags, "--device", "cpu", "--out", str(out)])
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    """A whole run of the teacher's stage and of the interpolator's."""
-    folder = tmp_path_factory.mktemp("stages")
-    for stage in STAGES:
-        assert train_stage(stage, folder / stage) == 0
+def interpolator(tmp_path_factory):
+    """A whole run of the interpolator's stage."""
+    folder = tmp_path_factory.mktemp("interpolator")
+    assert train_interpolator(folder) == 0
     return folder
 
 
-def test_the_teachers_stage_ends_in_a_scored_model_in_half_precision(stages):
-    model = WanModel.from_pretrained(stages / "teacher")
-    assert model.head.head.weight.dtype == torch.float16
-    metadata = checkpoint.read_metadata(stages / "teacher")
-    assert {"avd", "seed", "minutes", "scores"} <= metadata.keys()
-    config = load_config(stages / "teacher")
-    assert config.lr == 2e-4 and 2 < config.temporal_truncation < 3 and config.k == 3.0
-    assert (stages / "teacher" / "samples" / "000004.png").exists()
-
-
-def test_the_interpolator_learns_to_beat_the_plain_mean(stages):
-    last = read_lines(stages / "interpolator" / "metrics.jsonl")[-20:]
+def test_the_interpolator_learns_to_beat_the_plain_mean(interpolator):
+    last = read_lines(interpolator / "metrics.jsonl")[-20:]
     assert sum(m["loss"] for m in last) < 0.9 * sum(m["plain_mean"] for m in last)
-    FrameInterpolator.from_pretrained(stages / "interpolator" / "interpolator.safetensors")
+    FrameInterpolator.from_pretrained(interpolator / "interpolator.safetensors")
 
 
 CHANGES = {
@@ -123,19 +106,8 @@ def test_a_run_that_ctrl_c_interrupts_resumes_to_the_same_bits(toy_folder, tmp_p
     assert log.read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_other_stages_resume_to_the_same_bits(stage, stages, tmp_path, monkeypatch):
-    save = checkpoints.Checkpointer.save
-
-    def save_and_die(self, state, step):
-        save(self, state, step)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpointer, "save", save_and_die)
-    assert train_stage(stage, tmp_path) == 130
-    monkeypatch.undo()
-    assert train_stage(stage, tmp_path) == 0
-    assert equal(saved(stages / stage), saved(tmp_path))
+def test_the_interpolators_stage_resumes_to_the_same_bits(interpolator, tmp_path, monkeypatch):
+    assert resumes_to_the_same_bits(train_interpolator, interpolator, tmp_path, monkeypatch)
 
 
 # --- checkpoints -------------------------------------------------------------------------------
@@ -196,24 +168,6 @@ def test_a_folder_that_vanishes_is_not_made_again(toy_folder, tmp_path, capsys, 
     monkeypatch.setattr(pictures.Pictures, "write", lambda *_: out.rename(tmp_path / "gone") and {})
     assert str(out) in complaint(capsys, distill(toy_folder, out))
     assert not out.exists() and list_checkpoints(tmp_path / "gone")
-
-
-def test_muon_is_torchs_up_to_its_bfloat16():
-    g = torch.Generator().manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape, generator=g))
-            for shape in ((8, 8), (24, 8), (8, 24))]
-    start = [p.detach().clone() for p in ours]
-    theirs = [torch.nn.Parameter(p.clone()) for p in start]
-    optimizers = [
-        train.Muon(ours, {"lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01}),
-        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
-    for _ in range(5):
-        for p, q in zip(ours, theirs):
-            p.grad = q.grad = torch.randn(p.shape, generator=g)
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q, before in zip(ours, theirs, start):
-        assert (p - q).norm() < 0.02 * (q - before).norm()
 
 
 # --- what stops a run, and what a run reports --------------------------------------------------
@@ -301,7 +255,7 @@ def test_what_is_saved_has_the_users_permissions(toy_folder, tmp_path):
     before = os.umask(0o027)
     try:
         assert distill(toy_folder, tmp_path / "run", steps=1) == 0
-        assert train_stage("interpolator", tmp_path / "interpolator", "--steps", "2") == 0
+        assert train_interpolator(tmp_path / "interpolator", "--steps", "2") == 0
     finally:
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -2,7 +2,8 @@
 
 FLOPs are those of matrix products, convolutions and attention. A multiplication and an addition are
 two. `shape` is that of the video's latents at the full frame rate, `(c, f, h, w)`. `tools.plan`,
-`tools.bench` and `tools.wan_check` compute with these functions. `count_flops` counts what runs.
+`tools.wan_check` and `experiments.bench` compute with these functions. `count_flops` counts what
+runs.
 """
 
 import math

@@ -31,11 +31,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import adavid
-from runtime import cli
+from runtime import cli, page
 from runtime.models import load_config, load_interpolator
 from sample import sample_batches
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
-from tools import page
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 DEMO_SEED = 1001  # of the page's prompts and noise: no training run uses it

@@ -23,14 +23,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from runtime import cli
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
-from runtime.media import SUFFIXES, decode
+from runtime.media import SUFFIXES, read_video
 from runtime.run import lock_folder, stop_signals
 from sample import LONGEST, read_prompts
 from tiny_wan import ToyCodec, WanCodec, WanModel, checkpoint, open_codec
@@ -232,19 +231,6 @@ def sidecar(video):
         return " ".join(checkpoint.read_text(file, most=10**6).split()) if file.exists() else None
     except ValueError:
         return None
-
-
-def read_video(file, frames, height, width, fps):
-    """RGB in [0, 1] `[3, f, h, w]`, resampled, scaled and cropped. ValueError gives the reason."""
-    data, reason = decode(
-        file, f"fps={fps},scale={width}:{height}:force_original_aspect_ratio=increase,"
-        f"crop={width}:{height}",
-        "-frames:v", str(frames), "-f", "rawvideo", "-pix_fmt", "rgb24")
-    count = len(data) // (height * width * 3)
-    if count < frames:
-        raise ValueError(f"{count} of {frames} frames at {fps} fps ({reason})")
-    video = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return rearrange(video, "(f h w c) -> c f h w", f=frames, h=height, w=width).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ import torch
 
 import adavid
 from runtime import cli
+from runtime.page import fill, markdown
 from tiny_wan import PRESETS, ToyCodec, WanCodec, WanModel
 from tiny_wan.model import KEPT_PRECISE
 from tools import costs
 from tools.costs import PAGE, TF32, tokens
-from tools.page import fill, markdown
 
 AVD = adavid.AVDConfig()
 CARDS = (16, 24, 32, 48, 80, 96, 141, 192)  # GB of the GPUs on the market

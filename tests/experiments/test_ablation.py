@@ -18,11 +18,13 @@ import tyro
 import adavid
 import baselines
 import train
+from experiments import ablation, bench
+from runtime import page, pictures
 from runtime.data import Shards
 from tests.helpers import complaint, read_lines, weigh_and_update
 from tests.test_demo import pictures_of_page_that_stands_alone
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, world
-from tools import ablation, bench, demo, page
+from tools import demo
 
 CONDITIONS = """
 seeds = [0, 1]
@@ -147,7 +149,7 @@ def test_pages_leave_out_what_is_not_measured_yet(folder, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C from the console alone")
 def test_ctrl_c_saves_the_students_and_starts_no_others(tmp_path):
     (tmp_path / "conditions.toml").write_text(CONDITIONS.replace("--steps 1 ", "--steps 999 "))
-    process = subprocess.Popen([sys.executable, "-m", "tools.ablation", *flags(tmp_path)],
+    process = subprocess.Popen([sys.executable, "-m", "experiments.ablation", *flags(tmp_path)],
                                stderr=subprocess.PIPE, text=True)
     students = tmp_path / "out"
     while not (logs := list(students.glob("*/times.jsonl"))) or not logs[0].read_text():
@@ -299,7 +301,7 @@ def test_a_cheaper_recipe_is_worse_where_it_is_measurably_farther_from_real_vide
 
 def test_the_memory_to_train_is_that_of_models_gradients_and_moments():
     lcm, avd = (ablation.training_memory(student) for student in ({"method": "lcm"}, {}))
-    assert lcm / avd == pytest.approx(24 / 32)  # bytes a parameter, as in tests/test_baselines.py
+    assert lcm / avd == pytest.approx(24 / 32)  # bytes a parameter, as in test_baselines.py
     assert round(avd) == 45
 
 
@@ -415,7 +417,7 @@ def test_the_full_method_takes_a_thirtieth_of_the_teachers_flops(committed):
 
 
 def test_the_conditions_are_flags_of_train_and_share_no_random_stream(committed):
-    assert {train.GRID_SEED, demo.DEMO_SEED} <= set(committed.conditions["taken"])
+    assert {pictures.GRID_SEED, demo.DEMO_SEED} <= set(committed.conditions["taken"])
     for student in committed.conditions["students"].values():
         flags = tyro.cli(train.Distill, args=["--out", "x"])
         if method := student.get("method"):
@@ -426,7 +428,7 @@ def test_the_conditions_are_flags_of_train_and_share_no_random_stream(committed)
 
 
 def forwards(student, flags):
-    """What a student's training takes, from its flags. tests/test_baselines.py counts an update."""
+    """What a student's training takes, from its flags. test_baselines.py counts an update."""
     per_update = {"lcm": 6, "dcm": 7.88, "rcm": 33}
     if (method := student.get("method")) in per_update:
         return per_update[method] * flags.steps

@@ -1,8 +1,8 @@
 """The paper's ablation in the toy world: train students, score samplers, write the results.
 
-    python -m tools.ablation             all of tools/ablation.toml: six hours on two cores
-    python -m tools.ablation --quick     one seed, 64 prompts, the main rows only
-    python -m tools.ablation --row avd   one row with the first seed, beside its measurement
+    python -m experiments.ablation            all of ablation.toml: six hours on two cores
+    python -m experiments.ablation --quick    one seed, 64 prompts, the main rows only
+    python -m experiments.ablation --row avd  one row with the first seed, beside its measurement
 
 A job trains one student with one seed, on one thread in its own process. Then each row that uses
 this student draws the same prompts from the same noise, and the oracle scores the videos. Each row
@@ -39,14 +39,13 @@ import adavid
 import baselines
 import train
 from adavid import LossMeanCache
-from runtime import cli, lora
+from runtime import cli, lora, page
 from runtime.data import INDEX, write_toy_shards
 from runtime.experts import load_student
 from runtime.models import load_config, load_interpolator
 from runtime.run import make_generator
 from sample import sample_batches
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, checkpoint, world
-from tools import page
 from tools.costs import count_flops
 
 CONDITIONS = Path(__file__).with_suffix(".toml")
@@ -109,7 +108,7 @@ def run(args):
         method = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere fork is not safe
         processes = multiprocessing.get_context(method)
         # PyTorch takes seconds to import, and dynamo, which its optimizers need, another one.
-        processes.set_forkserver_preload(["tools.ablation", "torch._dynamo"])
+        processes.set_forkserver_preload(["experiments.ablation", "torch._dynamo"])
         pool = processes.Pool(min(os.cpu_count(), len(jobs)), start_process, maxtasksperchild=1)
         starts = {student["init"] for student in conditions["students"].values()
                   if "init" in student}  # are trained before what starts from them

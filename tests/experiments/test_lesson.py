@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import adavid
+from experiments import gallery, lesson
+from runtime import page
 from tests.helpers import ROOT, complaint
 from tiny_wan import WEIGHTS
-from tools import gallery, lesson, page
 
 FAST = ("noise", "gate", "half_rate", "cycle")
 

@@ -1,7 +1,7 @@
 """What training, the transformer, the sampler, the demo and the kernels cost.
 
-    python -m tools.bench                    everything; half an hour on two cores
-    python -m tools.bench --parts kernels    one part of it
+    python -m experiments.bench                    everything; half an hour on two cores
+    python -m experiments.bench --parts kernels    one part of it
 
 Each part replaces its figures in docs/costs.json and its lines in docs/costs.md. The last line of
 output is all figures as JSON. Of the released recipe, only its schedule of forwards is compared; it
@@ -29,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import adavid
 from runtime import cli
+from runtime.page import fill, markdown
 from tiny_wan import PRESETS, ToyCodec, WanConfig, WanModel
 from tools.costs import PAGE, forward_flops
-from tools.page import fill, markdown
 
 RESULTS = PAGE.with_suffix(".json")
 PARTS = ("cycle", "sampler", "demo", "kernels", "model")  # model comes last: it sets malloc up

@@ -1,6 +1,6 @@
 """What sick training looks like: five toy runs broken on purpose, and a healthy one.
 
-    python -m tools.gallery       trains what is missing in runs/gallery; half an hour on two cores
+    python -m experiments.gallery    trains what is missing in runs/gallery; half an hour
 
 Writes the runs' metrics to docs/gallery.jsonl, and two pictures for docs/questions.md.
 """
@@ -17,8 +17,7 @@ import imageio.v3 as iio
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from runtime import cli
-from tools import page
+from runtime import cli, page
 
 ROOT = Path(__file__).parents[1]
 LOGS, FIGURES = ROOT / "docs" / "gallery.jsonl", ROOT / "docs" / "figures"

@@ -1,6 +1,6 @@
 """The pictures of docs/method.md, and the code that it quotes from adavid.py.
 
-    python -m tools.lesson        about two minutes on two cores
+    python -m experiments.lesson        about two minutes on two cores
 
 The pictures come from two worlds: the toy, and a world of one or two numbers for a video, where the
 teacher is a mixture of normal distributions whose scores are known in closed form.
@@ -22,10 +22,9 @@ from matplotlib.patches import FancyBboxPatch
 from tqdm import tqdm
 
 import adavid
-from runtime import cli
+from runtime import cli, page
 from runtime.models import load_config, load_interpolator
 from tiny_wan import STUDENT, WEIGHTS, ToyCodec, WanModel, world
-from tools import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "method.md"
 FIGURES = PAGE.parent / "figures" / "lesson"

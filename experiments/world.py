@@ -1,6 +1,6 @@
 """How good the toy world's oracle and teacher are, and how hard its videos are to regress on.
 
-    python -m tools.world        fills the tables of docs/world.md, in about ten minutes
+    python -m experiments.world        fills the tables of docs/world.md, in about ten minutes
 """
 
 import sys
@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 
 import adavid
-from runtime import cli
+from runtime import cli, page
 from runtime.models import load_config
 from sample import sample_batches
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
-from tools import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "world.md"
 SEEDS = (7001, 7002, 7003)  # of prompts and noise: nothing was chosen or trained with these

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import adavid
 import baselines
 import sample
+from runtime import cli
 from runtime.experts import Experts, euler_steps, load_student
 from tests.helpers import FOUR_STEPS, complaint, equal, random_model, read_lines, saved
 from tests.test_gaussian import (
@@ -27,6 +28,7 @@ from tests.test_gaussian import (
     prompts,
     teacher,
 )
+from tests.test_numbers import numbers
 from tiny_wan import PRESETS, WEIGHTS, ToyCodec, WanModel, world
 from tools import costs
 
@@ -505,6 +507,7 @@ def test_each_method_learns_and_resumes_bit_for_bit(method, flags, toy_folder, t
     assert "does not seem to be distilled" not in said and "no interpolator" not in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_makes_an_update_on_wan_and_samples(method, inputs, tmp_path):
     out = tmp_path / "out"
@@ -594,6 +597,13 @@ def test_dcm_samples_with_both_of_its_experts(toy_folder, tmp_path):
             x, t, text))
 
 
+def test_rcm_says_which_torch_its_derivative_needs(toy_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    code = baselines.main(["rcm", "--model", str(toy_folder), "--out", str(tmp_path), "--dtype",
+                           "bfloat16", "--tangent", "jvp", "--device", "cpu"])
+    assert "needs torch 2.13" in complaint(capsys, code)
+
+
 def test_a_finite_difference_needs_float32(toy_folder, tmp_path, capsys):
     code = distil("rcm", toy_folder, tmp_path / "out", "--tangent", "fd", "--dtype", "bfloat16")
     assert "--dtype float32" in complaint(capsys, code)
@@ -607,3 +617,8 @@ def test_wrong_flags_are_one_line(flags, says, toy_folder, tmp_path, capsys):
     code = baselines.main(["dcm", "--out", str(tmp_path / "out"), "--model", str(toy_folder),
                            "--device", "cpu", *flags])
     assert says in complaint(capsys, code) and not (tmp_path / "out").exists()
+
+
+def test_every_number_of_a_method_has_limits():
+    assert (adavid.LIMITS | baselines.LIMITS).keys() == set(numbers(baselines.BaselineConfig))
+    assert set(numbers(baselines.Baseline)) <= cli.LIMITS.keys()
