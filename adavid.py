@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kernels
@@ -490,19 +489,6 @@ class FrameInterpolator(nn.Module):
         out = self.out(self.leave(torch.cat([skip, deep], dim=1)))
         out = rearrange(out, "(b f) c h w -> b c f h w", b=b).to(x0.dtype)
         return kernels.interpolate_frames(x0, out[:, :1].sigmoid(), out[:, 1:])
-
-    @classmethod
-    def from_pretrained(cls, path):
-        """Load a file that `save_pretrained` wrote. The sizes follow from the tensors' shapes."""
-        tensors = load_file(path)
-        width, inputs = tensors["enter.0.weight"].shape[:2]
-        with torch.device("meta"):  # a damaged file must not allocate memory
-            model = cls(inputs // 2, width)
-        model.load_state_dict(tensors, assign=True)
-        return model
-
-    def save_pretrained(self, path, metadata=None):
-        save_file(self.state_dict(), path, metadata)
 
 
 def interpolation_loss(interpolator, x0):

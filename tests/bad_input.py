@@ -210,8 +210,8 @@ BAD_INPUT = {
         ("frames 80 77 81", "--frames 80"),
         ("width 8 16", "--width 8"),
         ("frames 13 9 17", "--frames 13", edit_tensors(WAN, {}, avd=FOUR_STEPS.to_json()),
-         lambda: FrameInterpolator(16, width=8).save_pretrained(
-             Path("diffusers/interpolator.safetensors"))),
+         lambda: save_file(FrameInterpolator(16, width=8).state_dict(),
+                           Path("diffusers/interpolator.safetensors"))),
     ],
     "sample original": [
         ("original VAE --codec", delete(VAE_PTH)),

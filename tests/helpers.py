@@ -25,7 +25,7 @@ from adavid import AVDConfig, FrameInterpolator
 from runtime import lora
 from runtime.checkpoints import Checkpointer, list_checkpoints
 from runtime.data import write_toy_shards
-from tiny_wan import PRESETS, ToyCodec, WanModel
+from tiny_wan import PRESETS, ToyCodec, WanModel, checkpoint
 from tools import encode
 
 ROOT = Path(train.__file__).parent
@@ -186,7 +186,7 @@ def make_toy(folder, _):
     model.save_pretrained(folder, metadata={"avd": config.to_json()})
     interpolator = FrameInterpolator(12, width=8)
     torch.nn.init.normal_(interpolator.out.weight, std=0.05)
-    interpolator.save_pretrained(folder / "interpolator.safetensors")
+    checkpoint.write_files({folder / "interpolator.safetensors": interpolator.state_dict()})
 
 
 def make_wan(folder, inputs):
