@@ -6,12 +6,13 @@
 
 A job trains one student with one seed, on one thread in its own process. Then each row that uses
 this student draws the same prompts from the same noise, and the oracle scores the videos. Each row
-and seed is one line of docs/measurements.jsonl. The command runs only the jobs that are missing
+and seed is one line of docs/measurements.jsonl.gz. The command runs only the jobs that are missing
 there, so it can be stopped with Ctrl-C and started again. At the end, or with `--pages`, it writes
-docs/results.html, figures, and the generated parts of README.md, docs/results.md and docs/costs.md.
+figures, and the generated parts of README.md, docs/results.md and docs/costs.md.
 """
 
 import functools
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -25,7 +26,6 @@ import tomllib
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ KINDS = ("mislabelled", "cut", "frozen", "noisy", "night")  # of unreliable real
 READINGS = ("x", "y", "vx", "vy", "red", "green", "blue", "size")  # of the Fréchet distance
 TIMESTEPS = [f"{t:g}" for t in adavid.AVDConfig.timesteps]
 SCORES = {"motion": "speed", "motion_open": "open_speed"}  # their names in the oracle's scores
-COUNTS = ("steps", "forwards", "memory")  # columns without decimals
+DIGITS = {"steps": 0, "forwards": 0, "cycles": 0, "memory": 0, "per_cycle": 1}  # others have 3
 RELATIVE = ("motion", "motion_open", "saturation", "flicker")  # to the real data's mean
 COLUMNS = {
     "instance": "instance preservation", "prompt": "prompt accuracy", "motion": "motion",
@@ -63,7 +63,7 @@ COLUMNS = {
     **{failure: failure for failure in world.FAILURES},
     "ground": "background brightness", "diversity": "diversity", "frechet": "Fréchet distance",
     "steps": "steps", "gflops": "GFLOPs for a video", "forwards": "forwards to train",
-    "memory": "GB to train 1.3B",
+    "cycles": "cycles", "per_cycle": "forwards in a cycle", "memory": "GB to train 1.3B",
     "seconds": "seconds",
     **{f"reg_std_{t}": f"spread of losses at t = {t}" for t in TIMESTEPS},
     **{f"weight_{t}": f"mean weight at t = {t}" for t in TIMESTEPS}}
@@ -76,8 +76,8 @@ class Ablation:
     conditions: Path = CONDITIONS
     """what to train and how to sample it, with which seeds"""
     docs: Path = DOCS
-    """folder for measurements.jsonl, results.html and figures/; the generated parts of results.md
-    and costs.md there and of README.md beside the folder are replaced, if these files exist"""
+    """folder for measurements.jsonl.gz and figures/; the generated parts of results.md and costs.md
+    there and of README.md beside the folder are replaced, if these files exist"""
     out: Path = Path("runs/ablation")
     """folder for the students"""
     quick: bool = False
@@ -98,7 +98,7 @@ def run(args):
     for folder in (args.docs / "figures", args.out):
         folder.mkdir(parents=True, exist_ok=True)
     conditions = read_conditions(args.conditions, args.quick)
-    measured = Measurements(conditions, args.docs / "measurements.jsonl")
+    measured = Measurements(conditions, args.docs / "measurements.jsonl.gz")
     if args.row:
         return measure_again(args, measured)
     jobs = missing(conditions, measured)
@@ -355,9 +355,6 @@ def measure(conditions, name, folder, seed):
         student = conditions["students"][row["student"]]
         if line["training"] and "cache" not in student:
             line["weights"] = weights(folder, conditions["prompts"], eval_seed)
-    shown = {row for question in conditions["questions"][:2] for row in question["rows"]}
-    if seed == conditions["seeds"][0] and name in shown:
-        line["videos"] = [page.moving_picture(video[i]) for i in page.shown(prompts)]
     return line
 
 
@@ -418,7 +415,8 @@ class Measurements:
 
     def __init__(self, conditions, file):
         self.conditions, self.file = conditions, file
-        lines = map(json.loads, file.read_text().splitlines() if file.is_file() else ())
+        text = gzip.decompress(file.read_bytes()).decode() if file.is_file() else ""
+        lines = map(json.loads, text.splitlines())
         self.lines = {(line["row"], line["seed"]): line for line in lines
                       if line["definition"] == definition(conditions, line["row"])}
 
@@ -426,8 +424,9 @@ class Measurements:
         """Add these lines. A kill at any moment leaves a whole file."""
         self.lines |= {(line["row"], line["seed"]): line for line in lines}
         part = self.file.with_suffix(".part")
-        part.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n"
-                                for line in self.lines.values()))
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n"
+                       for line in self.lines.values())
+        part.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same bytes for the same lines
         os.replace(part, self.file)
 
     def finished(self):
@@ -445,11 +444,10 @@ class Measurements:
             return rows.issuperset(row for line in figure["lines"].values() for row in line)
 
         summary, figures = self.conditions["summary"], self.conditions.get("figures", {})
-        paper, cheaper = self.conditions.get("paper"), self.conditions.get("recipes")
+        tables = {name: entry for name, entry in self.conditions.get("tables", {}).items()
+                  if answered(entry)}
         return Measurements(self.conditions | {
-            "paper": paper if paper and rows.issuperset(
-                [*paper["rows"], *paper["methods"]]) else None,
-            "recipes": cheaper if cheaper and rows.issuperset(cheaper["rows"]) else None,
+            "tables": tables,
             "questions": list(filter(answered, self.conditions["questions"])),
             "claims": list(filter(tested, self.conditions["claims"])),
             "summary": summary | {"rows": [row for row in summary["rows"] if row in rows]},
@@ -465,10 +463,9 @@ class Measurements:
     def values(self, row, column):
         """`[seeds, prompts]`, NaN where a prompt says nothing about the column."""
         lines = [line | line.get("training", {}) for line in self.of_row(row)]
-        if column in ("forwards", "memory"):
+        if column in TRAINING:
             student = self.conditions["students"].get(self.conditions["rows"][row].get("student"))
-            cost = {"forwards": lambda student: student["forwards"], "memory": training_memory}
-            lines = [{column: cost[column](student) if student else 0} for _ in lines]
+            lines = [{column: TRAINING[column](student) if student else 0} for _ in lines]
         if column in lines[0]:  # one number for all prompts
             return np.array([[line[column]] * self.conditions["prompts"] for line in lines])
         return np.array([line["scores"][SCORES.get(column, column)] for line in lines],
@@ -505,6 +502,16 @@ def parameters_of_wan():
         return sum(p.numel() for p in WanModel(PRESETS["wan-1.3b"]).parameters())
 
 
+def cycles(student):
+    """The updates of a student."""
+    return int(re.search(r"--steps (\d+)", student["flags"])[1])
+
+
+TRAINING = {  # columns that say what training costs, from a student's conditions
+    "forwards": lambda student: student["forwards"], "cycles": cycles,
+    "per_cycle": lambda student: student["forwards"] / cycles(student), "memory": training_memory}
+
+
 @functools.cache
 def draws(seeds, prompts, number=2000):
     """How often each bootstrap draw takes each seed and prompt: `[number, seeds, prompts]`."""
@@ -528,69 +535,8 @@ def table(measured, question):
     for rows in [*([row] for row in question["rows"]), *question.get("differences", ())]:
         sign = "+" if len(rows) == 2 else ""
         lines.append([measured.title(*rows), *(
-            said(*measured.interval(column, *rows), sign, digits=0 if column in COUNTS else 3)
+            said(*measured.interval(column, *rows), sign, digits=DIGITS.get(column, 3))
             for column in question["columns"])])
-    return lines
-
-
-def ranks(measured):
-    """A table: each method's rank by the paper's scores, and by its readings here; 1 is best.
-
-    A reading is better the nearer it is to real videos'.
-    """
-    paper, columns = measured.conditions["paper"], measured.conditions["paper"]["columns"]
-    scores = {row: [-score for score in paper["rows"][row]] + [
-        abs(measured.interval(column, row)[0] - measured.interval(column, "real")[0])
-        for column in columns] for row in paper["rows"]}
-    ranks = (np.argsort(np.argsort(list(scores.values()), axis=0), axis=0) + 1).tolist()
-    return [["", *paper["benchmarks"], *(COLUMNS[column] for column in columns)],
-            *([measured.title(row), *map(str, rank)] for row, rank in zip(scores, ranks))]
-
-
-def strengths(measured):
-    """A table: what each method does best and worst here, how its videos fail, and what it costs.
-
-    Methods are ranked as in `ranks`, among themselves.
-    """
-    paper, methods = measured.conditions["paper"], measured.conditions["paper"]["methods"]
-    gaps = {column: [abs(measured.interval(column, row)[0] - measured.interval(column, "real")[0])
-                     for row in methods] for column in paper["strengths"]}
-    lines = [["", "first or second in", "last or second to last in", "most frequent failure", *(
-        COLUMNS[column] for column in paper["costs"])]]
-    for i, row in enumerate(methods):
-        ahead = {column: sum(gap < of_all[i] for gap in of_all) for column, of_all in gaps.items()}
-        good, bad = ([COLUMNS[column] for column, rank in ahead.items() if rank in ranks] for ranks
-                     in (range(2), range(len(methods) - 2, len(methods))))
-        failures = {failure: measured.interval(failure, row)[0] for failure in world.FAILURES}
-        failure = max(failures, key=failures.get)
-        lines.append([measured.title(row), ", ".join(good) or "–", ", ".join(bad) or "–",
-                      f"{failure}, {failures[failure]:.1%}", *(
-            said(*measured.interval(column, row), digits=0 if column in COUNTS else 3)
-            for column in paper["costs"])])
-    return lines
-
-
-def recipes(measured):
-    """A table: what the cycles of cheaper recipes cost, and how their students differ from AVD's.
-
-    A reading is worse if it is measurably farther from that of real videos.
-    """
-    rows, columns = (measured.conditions["recipes"][name] for name in ("rows", "columns"))
-    lines = [["recipe", "forwards in a cycle", "cycles", *(COLUMNS[column] for column in columns),
-              "measurably worse in"]]
-    first = next(iter(rows))
-    for row, flags in rows.items():
-        student = measured.conditions["students"][measured.conditions["rows"][row]["student"]]
-        cycles, cells, worse = int(re.search(r"--steps (\d+)", student["flags"])[1]), [], []
-        for column in columns:
-            mean, low, high = measured.interval(column, row, first)
-            cells.append(said(*measured.interval(column, row)) if row == first else
-                         said(mean, low, high, "+"))
-            usual, real = (measured.interval(column, name)[0] for name in (first, "real"))
-            if not low <= 0 <= high and abs(usual + mean - real) > abs(usual - real):
-                worse.append(COLUMNS[column])
-        lines.append([f"`{flags}`", f"{student['forwards'] / cycles:.1f}", str(cycles), *cells,
-                      "" if row == first else ", ".join(worse) or "nothing"])
     return lines
 
 
@@ -603,23 +549,6 @@ def kinds(measured, row):
     return [[title, *(f"t = {t}" for t in TIMESTEPS)], *(
         [kind, *(f"{w:.2f}" for w in np.mean([w[kind] for w in weights], axis=0))]
         for kind in sorted(weights[0] if weights else (), key=lambda kind: "correlation" in kind))]
-
-
-def told(measured, text):
-    """The text, with a number in place of each `{column row}`, and in place of each
-    `{column row other}` how the column changes from the other row to this one."""
-    def phrase(match):
-        column, row, *other = match[1].split()
-        mean, low, high = measured.interval(column, row, *other)
-        if not other:
-            return said(mean, low, high)
-        if low <= 0 <= high or not round(mean, 3):
-            change = f"does not change measurably ({said(mean, low, high, '+')})"
-        else:
-            change = f"{'rises' if mean > 0 else 'falls'} by {said(abs(mean), low, high)}"
-        return f"{COLUMNS[column]} {change}"
-
-    return re.sub(r"\{(.+?)\}", phrase, text)
 
 
 def verdicts(measured):
@@ -661,54 +590,29 @@ def write_pages(args, measured):
         if file.is_file():
             page.fill(file, blocks(measured))
     conditions = measured.conditions
-    main, *others = conditions["questions"]
+    main = conditions["questions"][0]
+    print(page.markdown(table(measured, main)))
     draw(measured, main).savefig(args.docs / "figures" / "ablation.png", dpi=110)
     for name, figure in conditions.get("figures", {}).items():
         draw_lines(measured, **figure).savefig(args.docs / "figures" / f"{name}.png", dpi=110)
-    first = conditions["seeds"][0]
-    _, prompts = world.make(conditions["prompt_seed"] + first, range(conditions["prompts"]))
-    videos = {row: line["videos"] for row in conditions["rows"]
-              if "videos" in (line := measured.lines.get((row, first), {}))}
-    page.write(args.docs / "results.html", "The ablation in the toy world", f"""
-<p class=note>Means and half of the 95% interval, over {len(conditions["seeds"])} seeds and
-{conditions["prompts"]} prompts. Motion, saturation and flicker are multiples of the real
-data's.</p>
-{section(measured, main)}
-<h2>The paper's claims</h2>{page.table(verdicts(measured), "words")}
-<h2>The same prompts, the same noise</h2>
-{page.video_table(map(measured.title, videos), dict(zip(
-    (prompts[i] for i in page.shown(prompts)), zip(*videos.values()))))}
-{"".join(page.chart(draw_lines(measured, **figure))
-         for figure in conditions.get("figures", {}).values())}
-{"".join(section(measured, question) for question in others)}
-<h2>Which weights do finished students give to each kind of real videos?</h2>
-{"".join(page.table(kinds(measured, row)) for row in ("avd", "mixed"))}""")
 
 
 def blocks(measured):
     """The generated parts of README.md, docs/results.md and docs/costs.md, by name."""
     questions, claims = measured.conditions["questions"], verdicts(measured)
-    paper = measured.conditions.get("paper")
     summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
     for says, verdict, differences in claims[1:]:
         mark = "" if verdict.startswith("reproduced") else "**"
         summary += f"\n- {says}: {mark}{verdict}{mark} ({differences.split('; ')[0]})."
-    return {
+    blocks = {
         "results": summary,
         "table": page.markdown(table(measured, questions[0])),
-        "methods": page.markdown(strengths(measured)) if paper else "",
-        "ranks": page.markdown(ranks(measured)) if paper else "",
-        "recipes": page.markdown(recipes(measured)) if measured.conditions.get("recipes") else "",
         "claims": page.markdown(claims),
         "weights": page.markdown(kinds(measured, "avd")),
-        "answers": "\n".join(f"- **{question['asks']}** {told(measured, question['answer'])}"
-                             for question in questions)}
-
-
-def section(measured, question):
-    asks, answer = escape(question["asks"]), escape(told(measured, question["answer"]))
-    return (f"<h2>{asks}</h2><p>{answer}</p>{page.table(table(measured, question))}"
-            f"{page.chart(draw(measured, question))}")
+        "answers": "\n\n".join(f"**{question['asks']}**\n\n" + page.markdown(table(
+            measured, question)) for question in questions[1:])}
+    return blocks | {name: page.markdown(table(measured, entry))
+                     for name, entry in measured.conditions.get("tables", {}).items()}
 
 
 def draw(measured, question):
