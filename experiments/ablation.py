@@ -600,12 +600,8 @@ def write_pages(args, measured):
 def blocks(measured):
     """The generated parts of README.md, docs/results.md and docs/costs.md, by name."""
     questions, claims = measured.conditions["questions"], verdicts(measured)
-    summary = page.markdown(table(measured, measured.conditions["summary"])) + "\n"
-    for says, verdict, differences in claims[1:]:
-        mark = "" if verdict.startswith("reproduced") else "**"
-        summary += f"\n- {says}: {mark}{verdict}{mark} ({differences.split('; ')[0]})."
     blocks = {
-        "results": summary,
+        "results": page.markdown(table(measured, measured.conditions["summary"])),
         "table": page.markdown(table(measured, questions[0])),
         "claims": page.markdown(claims),
         "weights": page.markdown(kinds(measured, "avd")),

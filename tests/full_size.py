@@ -76,7 +76,7 @@ def write():
                for name, p in shapes.items()}
     checkpoint.write(FOLDER, asdict(PRESETS["wan-1.3b"]), tensors,
                      metadata={"method": "none: random weights"})
-    adavid.FrameInterpolator(16).save_pretrained(FOLDER / "interpolator.safetensors")
+    save_file(adavid.FrameInterpolator(16).state_dict(), FOLDER / "interpolator.safetensors")
 
 
 def write_shards():
