@@ -12,7 +12,7 @@ checkpoint. The same command resumes, and gives the same weights as an uninterru
 import math
 import shutil
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +37,15 @@ from runtime.models import (
     save_student,
 )
 from runtime.pictures import GRID_SEED, open_pictures
-from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
+from runtime.run import (
+    Flags,
+    Run,
+    adamw,
+    clip_and_step,
+    lower_rates,
+    make_generator,
+    make_generators,
+)
 from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -94,6 +102,9 @@ class Distill(Flags):
     avd: Annotated[AVDConfig, tyro.conf.arg(name="")] = AVDConfig()
     # The learning rate is constant, so the first cycles do not depend on --steps.
     may_change = Flags.may_change | {"steps", "codec", "gradient_checkpointing"}
+
+    def retry(self):
+        return lower_rates(self.avd, default_config(self.model, self.lora))
 
 
 @dataclass
@@ -220,6 +231,7 @@ def distill(args):
     state = {"student": models.student, "critic": models.critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
     state |= {"ema": averaged} if args.ema else {}
+    motion = Motion()
     with Run(args, state) as run:
         for cycle in run.steps():
             # Updates with batches of their own are numbered through the whole run. The student and
@@ -242,7 +254,7 @@ def distill(args):
 
             if pictures and run.picture_due(cycle):
                 metrics |= pictures.write(run.picture(cycle), sample)
-            run.log(cycle, metrics, fetch.waited)
+            motion.watch(run, cycle, run.log(cycle, metrics, fetch.waited))
             run.save(cycle)
 
     save_student(averaged or models.student, args.out, {
@@ -321,6 +333,21 @@ def generate_videos(models, batches, config):
             x0 = adavid.backward_simulation(models.student, noise, text, step, config,
                                             models.interpolator, generators)
         yield x0, text, generators
+
+
+class Motion:
+    """Warns if the student's videos have moved less than half as much as real ones for a while."""
+
+    def __init__(self, window=20):
+        self.shares = deque(maxlen=window)
+
+    def watch(self, run, cycle, metrics):
+        if None not in (metrics["variance"], metrics["data_variance"]):  # as if it was not finite
+            self.shares.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
+        share = sum(self.shares) / self.shares.maxlen
+        if share < 0.5 and len(self.shares) == self.shares.maxlen:
+            run.warn(f"step {cycle}: motion has fallen to {share:.0%} of the data's")
+            self.shares.clear()
 
 
 def check_flags(args, data, student):

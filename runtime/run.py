@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -37,11 +36,10 @@ from runtime.distributed import (
     rank,
     world_size,
 )
-from runtime.models import default_config
 from tiny_wan import checkpoint
 
 MOST_SKIPS = 10  # a run gives up after so many skipped updates in a row
-MOTION_WINDOW = 20  # steps over which the students' motion is compared with the data's
+
 
 @dataclass
 class Flags:
@@ -68,6 +66,16 @@ class Flags:
     """device to run on"""
     may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
                   "lr", "critic_lr"}  # when a run is resumed
+
+    def retry(self):
+        """Flags with which a run may go on that has diverged."""
+        return lower_rates(self, type(self))
+
+
+def lower_rates(numbers, usual):
+    """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
+    return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
+        cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +153,7 @@ class Run:
                 for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
                     truncate_log(args.out / log, self.start)
             self.stack = stack.pop_all()
-        self.skips, self.waited, self.motion = 0, 0.0, deque(maxlen=MOTION_WINDOW)
+        self.skips, self.waited = 0, 0.0
 
     def __enter__(self):
         args = self.args
@@ -172,7 +180,7 @@ class Run:
         return self.args.out / "samples" / f"{step + 1:06d}.png"
 
     def log(self, step, metrics, waited=0.0):
-        """Append the metrics, averaged over ranks, to metrics.jsonl, and warn if they look bad.
+        """Append the metrics to metrics.jsonl, averaged over ranks, and return these averages.
 
         waited: seconds spent waiting for data so far.
         `Diverged` after MOST_SKIPS steps in a row that skipped an update.
@@ -188,12 +196,6 @@ class Run:
             self.reason = f"{', '.join(bad[:4])} were not finite"
         if self.skips == MOST_SKIPS:
             self.give_up(step)
-        if "variance" in metrics and not bad:
-            self.motion.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
-            share = sum(self.motion) / MOTION_WINDOW
-            if share < 0.5 and len(self.motion) == MOTION_WINDOW:
-                self.warn(f"step {step}: motion has fallen to {share:.0%} of the data's")
-                self.motion.clear()
         if rank() == 0:
             append(self.args.out / "metrics.jsonl", {"step": step} | metrics)
             append(self.args.out / "times.jsonl", {
@@ -202,6 +204,7 @@ class Run:
             self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in (
                 "loss", "dmd", "reg", "temp", "critic") if metrics.get(name) is not None})
         self.waited = waited
+        return metrics
 
     def warn(self, message):
         if rank() == 0:
@@ -250,7 +253,7 @@ class Run:
         where = f"checkpoint {found[-1].name} is good" if found else "no checkpoint is good"
         skipped = f" ({self.skips} updates in a row were skipped)" if self.skips else ""
         raise cli.Diverged(f"step {step}: {self.reason}{skipped}; {where}, go on from "
-                           f"{'it' if found else 'the start'} with", lower_rates(self.args))
+                           f"{'it' if found else 'the start'} with", self.args.retry())
 
     def minutes(self):
         """The minutes that all steps took, in earlier calls too; prints them."""
@@ -272,16 +275,6 @@ def fixed_flags(args):
         values.pop(name, None)
     values["videos in an update"] = args.batch_size * getattr(args, "accumulate", 1) * world_size()
     return json.loads(json.dumps(values, default=str))
-
-
-def lower_rates(args):
-    """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
-    numbers = next(filter(is_dataclass, vars(args).values()), args)
-    usual = type(numbers)
-    if hasattr(args, "model"):
-        usual = default_config(args.model, getattr(args, "lora", 0))
-    return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
-        cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
 
 
 def make_folder(folder):
