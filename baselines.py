@@ -462,7 +462,7 @@ class Baseline(Flags):
         """Flags that may change on resuming. DCM spends half of its steps on each expert."""
         return Flags.may_change | {"codec"} | (set() if self.method == "dcm" else {"steps"})
 
-    def retry(self):
+    def retry_flags(self):
         return lower_rates(self.numbers, load_config(self.model))
 
 

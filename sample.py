@@ -109,9 +109,9 @@ def run(args):
     if len(scales) != len(args.lora):
         raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
     # The numbers of the method are stored where the student was: in a LoRA, or in the model.
-    distilled = next((file for file in args.lora if "avd" in checkpoint.read_metadata(file)),
-                     args.model)
-    config = load_config(distilled)
+    numbers_file = next((file for file in args.lora if "avd" in checkpoint.read_metadata(file)),
+                        args.model)
+    config = load_config(numbers_file)
     architecture = WanModel.from_pretrained(args.model, device="meta").config
     dtype = cli.pick_dtype(args.dtype, device, architecture)
     cli.announce(device, dtype, args.device)
@@ -124,7 +124,7 @@ def run(args):
         if interpolator is None and not args.full_rate and config.strides[0] > 1:
             print("note: no interpolator.safetensors beside the model or its LoRA, so all steps "
                   "are full rate")
-        if "method" not in checkpoint.read_metadata(distilled):
+        if "method" not in checkpoint.read_metadata(numbers_file):
             print("note: this model does not seem to be distilled; use --teacher for a teacher")
     codec = open_codec(args.model, architecture, args.codec, device=device, dtype=dtype,
                        vae_dtype=getattr(torch, args.vae_dtype))
@@ -146,8 +146,8 @@ def run(args):
             for block in model.blocks:
                 block.compile()
 
-    prompts, titles = ([line for line in lines for _ in range(args.videos_per_prompt)]
-                       for lines in (prompts, titles))
+    prompts = [line for line in prompts for _ in range(args.videos_per_prompt)]
+    titles = [line for line in titles for _ in range(args.videos_per_prompt)]
     forwards = 2 * args.steps if args.teacher else len(config.timesteps)
     bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
 

@@ -103,7 +103,7 @@ class Distill(Flags):
     # The learning rate is constant, so the first cycles do not depend on --steps.
     may_change = Flags.may_change | {"steps", "codec", "gradient_checkpointing"}
 
-    def retry(self):
+    def retry_flags(self):
         return lower_rates(self.avd, default_config(self.model, self.lora))
 
 
@@ -194,15 +194,16 @@ def distill(args):
     with --one-rollout reuse them too.
     """
     config, device = args.avd, init_distributed(args.device)
-    data, student = open_data(args.data, args.seed), args.init_student or args.model
-    check_flags(args, data, student)
+    data = open_data(args.data, args.seed)
+    student_path = args.init_student or args.model
+    check_flags(args, data, student_path)
     dtype = cli.pick_dtype(args.dtype, device, WanConfig.from_pretrained(args.model))
     cli.announce(device, dtype, args.device)
     recompute = args.gradient_checkpointing
     recompute = args.data is not None if recompute is None else recompute
     models = (load_adapters(args.model, args.lora, args.seed, dtype, device, recompute)
-              if args.lora else load_models(args.model, student, dtype, device, recompute))
-    averaged = load_trainable(student, dtype, device, recompute) if args.ema else None
+              if args.lora else load_models(args.model, student_path, dtype, device, recompute))
+    averaged = load_trainable(student_path, dtype, device, recompute) if args.ema else None
     student_optimizer = adamw(models.student, config.lr, config)
     critic_optimizer = adamw(models.critic, config.critic_lr, config)
     cache = adavid.LossMeanCache(len(config.timesteps), config.ema_decay, config.k).to(device)
@@ -210,18 +211,19 @@ def distill(args):
     fetch = Prefetch(lambda number: data.batch(sample_indices(number, args.batch_size)))
     pictures = open_pictures(data, args.model, args.codec, device)
 
-    def load_batches(update):
-        """Yield an update's batches: real videos, text, the step at which the student's rollouts
-        end, a generator for each sample.
+    def random_step(update):
+        """The student's step at which an update's rollouts end.
 
-        The step is random for each update. All ranks must agree on it: with other numbers of
-        forwards, sharded models would deadlock.
+        All ranks must agree on it: with other numbers of forwards, sharded models would deadlock.
         """
         generator = make_generator(args.seed, "step", update)
-        step = torch.randint(len(config.timesteps), (), generator=generator).item()
+        return torch.randint(len(config.timesteps), (), generator=generator).item()
+
+    def load_batches(update):
+        """Yield an update's batches: real videos, text, a generator for each sample."""
         for number in range(update * args.accumulate, (update + 1) * args.accumulate):
             real, text, _ = fetch(number)
-            yield (real.to(device), text.to(device), step, make_generators(
+            yield (real.to(device), text.to(device), make_generators(
                 args.seed, "distill", sample_indices(number, args.batch_size)))
 
     def sample(noise, text):
@@ -237,17 +239,19 @@ def distill(args):
             # Updates with batches of their own are numbered through the whole run. The student and
             # the first critic update of a cycle share one number.
             first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
-            metrics, videos = update_student(models, student_optimizer, cache, load_batches(first),
-                                             args.accumulate, null_text, config)
+            metrics, videos = update_student(
+                models, student_optimizer, cache, load_batches(first), random_step(first),
+                args.accumulate, null_text, config)
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
                 with torch.no_grad():
                     for p, q in zip(averaged.parameters(), models.student.parameters()):
                         p.lerp_(q, 1 - args.ema)
 
             critic_metrics = []
-            for update in range(first, first + config.critic_updates):
-                if update > first and not args.one_rollout:
-                    videos = generate_videos(models, load_batches(update), config)
+            for i in range(config.critic_updates):
+                if i > 0 and not args.one_rollout:
+                    videos = generate_videos(  # batch by batch, to save memory
+                        models, load_batches(first + i), random_step(first + i), config)
                 critic_metrics.append(update_critic(models.critic, critic_optimizer, videos,
                                                     args.accumulate, config))
             metrics |= mean_metrics(critic_metrics)
@@ -263,14 +267,15 @@ def distill(args):
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
 
-def update_student(models, optimizer, cache, batches, accumulate, null_text, config):
-    """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
+def update_student(models, optimizer, cache, batches, step, accumulate, null_text, config):
+    """One update of the student (eq. 9), whose rollouts end at `step`. Returns its metrics, and its
+    videos for the critic.
 
     The videos are a list with (x0, text, generators) of each batch. The critic's update on them
     draws on from these generators.
     """
     values, videos = defaultdict(list), []
-    for real, text, step, generators in batches:
+    for real, text, generators in batches:
         noise = adavid.draw(torch.randn, real.shape, real, generators)
         x0 = adavid.backward_simulation(models.student, noise, text, step, config,
                                         models.interpolator, generators)
@@ -325,9 +330,9 @@ def update_critic(critic, optimizer, videos, accumulate, config):
     return {"critic": loss, "critic_grad_norm": norm}
 
 
-def generate_videos(models, batches, config):
+def generate_videos(models, batches, step, config):
     """Yield new videos of the student, as (x0, text, generators) of each batch."""
-    for real, text, step, generators in batches:
+    for real, text, generators in batches:
         with torch.no_grad():
             noise = adavid.draw(torch.randn, real.shape, real, generators)
             x0 = adavid.backward_simulation(models.student, noise, text, step, config,
@@ -350,9 +355,9 @@ class Motion:
             self.shares.clear()
 
 
-def check_flags(args, data, student):
+def check_flags(args, data, student_path):
     """ValueError unless the flags, the models and the data fit together."""
-    check_fit(args.out, args.model, student, data)
+    check_fit(args.out, args.model, student_path, data)
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
     if args.avd.lambda_reg and not data.has_videos:

@@ -56,8 +56,8 @@ class Flags:
     save_every: int = 100
     """steps between checkpoints"""
     keep: int = 2
-    """how many of the newest checkpoints to keep; a damaged one is passed over. The newest has not
-    yet been followed by an update, so at least one more is kept."""
+    """how many of the newest checkpoints to keep, at least 2: the newest is trusted only after a
+    further update has succeeded, and a damaged one is passed over"""
     keep_every: int | None = None
     """also keep every checkpoint whose step is a multiple of this"""
     sample_every: int = 100
@@ -67,15 +67,19 @@ class Flags:
     may_change = {"out", "device", "save_every", "keep", "keep_every", "sample_every",
                   "lr", "critic_lr"}  # when a run is resumed
 
-    def retry(self):
+    def retry_flags(self):
         """Flags with which a run may go on that has diverged."""
         return lower_rates(self, type(self))
 
 
 def lower_rates(numbers, usual):
     """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
-    return [word for name in ("lr", "critic_lr") if hasattr(numbers, name) for word in (
-        cli.flag(name), f"{min(getattr(numbers, name) / 10, getattr(usual, name)):g}")]
+    flags = []
+    for name in ("lr", "critic_lr"):
+        if hasattr(numbers, name):
+            rate = min(getattr(numbers, name) / 10, getattr(usual, name))
+            flags += [cli.flag(name), f"{rate:g}"]
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,7 +113,8 @@ def clip_and_step(model, optimizers, max_norm, loss):
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     for p in parameters:
-        if world_size() > 1 and not hasattr(p, "full_tensor"):  # FSDP has averaged its own
+        sharded = hasattr(p, "full_tensor")  # FSDP averages the gradients of these itself
+        if world_size() > 1 and not sharded:
             dist.all_reduce(p.grad)
             p.grad /= world_size()
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
@@ -253,7 +258,7 @@ class Run:
         where = f"checkpoint {found[-1].name} is good" if found else "no checkpoint is good"
         skipped = f" ({self.skips} updates in a row were skipped)" if self.skips else ""
         raise cli.Diverged(f"step {step}: {self.reason}{skipped}; {where}, go on from "
-                           f"{'it' if found else 'the start'} with", self.args.retry())
+                           f"{'it' if found else 'the start'} with", self.args.retry_flags())
 
     def minutes(self):
         """The minutes that all steps took, in earlier calls too; prints them."""
