@@ -25,8 +25,8 @@ def files_of(layer):
     """The Python files of a layer: one at the top, or those of a folder and its subfolders."""
     folder = ROOT / layer
     files = folder.rglob("*.py") if folder.is_dir() else [ROOT / f"{layer}.py"]
-    return [file for file in files
-            if layer != "tests" or not file.is_relative_to(ROOT / "tests" / "experiments")]
+    return [file for file in files if file.exists() and (
+        layer != "tests" or not file.is_relative_to(ROOT / "tests" / "experiments"))]
 
 
 def imported(file):
