@@ -336,7 +336,7 @@ def measure(conditions, name, folder, seed):
         seconds = (time.perf_counter() - start) / len(video)
         one = (torch.zeros(1, *shape) for shape in (codec.latent_shape(), (1, codec.text_dim)))
         sampler = sampler_of(row | {"steps": 1} if "steps" in row else row, folder)
-        flops = count_flops(lambda: sampler(*one, None)) * row.get("steps", 1)  # all cost the same
+        flops = count_flops(lambda: sampler(*one, None)) * row.get("steps", 1)  # of equal cost
         steps = row.get("steps", len(load_config(folder).timesteps))
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
@@ -599,16 +599,14 @@ def write_pages(args, measured):
 
 def blocks(measured):
     """The generated parts of README.md, docs/results.md and docs/costs.md, by name."""
-    questions, claims = measured.conditions["questions"], verdicts(measured)
-    blocks = {
-        "results": page.markdown(table(measured, measured.conditions["summary"])),
-        "table": page.markdown(table(measured, questions[0])),
-        "claims": page.markdown(claims),
+    tables = {"results": measured.conditions["summary"], **measured.conditions.get("tables", {})}
+    return {
+        "claims": page.markdown(verdicts(measured)),
         "weights": page.markdown(kinds(measured, "avd")),
-        "answers": "\n\n".join(f"**{question['asks']}**\n\n" + page.markdown(table(
-            measured, question)) for question in questions[1:])}
-    return blocks | {name: page.markdown(table(measured, entry))
-                     for name, entry in measured.conditions.get("tables", {}).items()}
+        "answers": "\n\n".join(
+            f"**{question['asks']}**\n\n{page.markdown(table(measured, question))}"
+            for question in measured.conditions["questions"]),
+        **{name: page.markdown(table(measured, rows)) for name, rows in tables.items()}}
 
 
 def draw(measured, question):

@@ -1,6 +1,6 @@
 """Train the toy's teacher: flow matching on the toy world.
 
-    python -m experiments.teacher --out runs/teacher --compile      half an hour on two cores
+    python -m experiments.teacher --out runs/teacher --compile      about an hour on two cores
 
 Checkpoints, logs and pictures are those of train.py.
 """

@@ -127,8 +127,8 @@ def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path,
         if "train.py distill" in line:
             line += f" --model {toy_folder} --batch-size 4"
         run(line.replace("--steps 50", "--steps 2"), small)
-    named = re.findall(r"train.py .*--out runs/(\S+)", page)
-    assert set(named) <= {p.name for p in Path("runs").iterdir()}
+    named = re.findall(r"^python (?!-m experiments).*--out runs/(\S+)", page, re.MULTILINE)
+    assert {p.name for p in Path("runs").iterdir()} == set(named)
     for log in Path("runs").glob("*/metrics.jsonl"):
         for name in read_lines(log)[-1]:
             name = re.sub(r"_(1000|900|757|522)$", "_T", name)

@@ -1,8 +1,10 @@
 """What README.md and docs/ say of the experiments, and the flags that they name."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import adavid
 import baselines
 from experiments import ablation, bench, gallery, lesson, teacher, world
 from tests.helpers import ROOT, read_lines
@@ -14,6 +16,17 @@ PROGRAMS = PRODUCT | {
     "experiments.gallery": gallery.main, "experiments.lesson": lesson.main,
     "experiments.teacher": teacher.main, "experiments.world": world.main,
     "baselines.py": baselines.main}
+
+
+def test_the_training_pages_teacher_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = partial(adavid.sample_teacher, steps=2)  # for the teacher's pictures, not 50
+    monkeypatch.setattr(adavid, "sample_teacher", few)
+    line, = (line for line in commands(TRAINING) if "experiments.teacher" in line)
+    small = {"experiments.teacher": SMALL["train.py"]}
+    assert run(line.replace("--compile", "--score-prompts 4"), small, PROGRAMS)
+    assert all(f"`{name}`" in text_of(TRAINING)
+               for name in read_lines(Path("runs/teacher/metrics.jsonl"))[-1] if name != "step")
 
 
 def test_the_page_on_other_methods_runs(toy_folder, tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ import torch
 
 import adavid
 from experiments import teacher
+from runtime import cli
 from runtime.models import load_config
 from tests.helpers import resumes_to_the_same_bits
+from tests.test_numbers import numbers
 from tiny_wan import WanModel, checkpoint
 
 
@@ -41,6 +43,10 @@ def test_it_ends_in_a_scored_model_in_half_precision(whole):
 @pytest.mark.long
 def test_it_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
     assert resumes_to_the_same_bits(train, whole, tmp_path, monkeypatch)
+
+
+def test_every_number_has_limits():
+    assert set(numbers(teacher.Teacher)) <= cli.LIMITS.keys()
 
 
 def test_muon_is_torchs_up_to_its_bfloat16():
