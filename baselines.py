@@ -43,15 +43,7 @@ from runtime.distributed import init_distributed, mean_metrics
 from runtime.experts import Experts, euler_steps
 from runtime.models import check_fit, load_config, load_interpolator, load_trainable, save_student
 from runtime.pictures import open_pictures
-from runtime.run import (
-    Flags,
-    Run,
-    adamw,
-    clip_and_step,
-    lower_rates,
-    make_generator,
-    make_generators,
-)
+from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
 from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -463,7 +455,7 @@ class Baseline(Flags):
         return Flags.may_change | {"codec"} | (set() if self.method == "dcm" else {"steps"})
 
     def retry_flags(self):
-        return lower_rates(self.numbers, load_config(self.model))
+        return self.lower_rates(self.numbers, load_config(self.model))
 
 
 @dataclass

@@ -37,15 +37,7 @@ from runtime.models import (
     save_student,
 )
 from runtime.pictures import GRID_SEED, open_pictures
-from runtime.run import (
-    Flags,
-    Run,
-    adamw,
-    clip_and_step,
-    lower_rates,
-    make_generator,
-    make_generators,
-)
+from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
 from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +96,7 @@ class Distill(Flags):
     may_change = Flags.may_change | {"steps", "codec", "gradient_checkpointing"}
 
     def retry_flags(self):
-        return lower_rates(self.avd, default_config(self.model, self.lora))
+        return self.lower_rates(self.avd, default_config(self.model, self.lora))
 
 
 @dataclass

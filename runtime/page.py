@@ -34,7 +34,7 @@ p { max-width: 48rem }
 .wide { overflow-x: auto }
 table { width: 100%; border-collapse: collapse }
 th, td { padding: .35rem .4rem; vertical-align: top; text-align: left; font-weight: 400 }
-.numbers th, .numbers td, .words th, .words td { border-bottom: 1px solid #7774 }
+.numbers th, .numbers td { border-bottom: 1px solid #7774 }
 .numbers :is(td, thead th + th) { text-align: right; font-variant-numeric: tabular-nums }
 .numbers td { white-space: nowrap }
 .numbers tbody th { min-width: 8rem }
@@ -66,7 +66,7 @@ def write(file, title, body):
 
 
 def table(rows, kind="numbers"):
-    """kind: "numbers" aligns the cells to the right; "words" and "videos" do not."""
+    """kind: "numbers" aligns the cells to the right, "videos" does not."""
     heads, *body = ([cell if isinstance(cell, Html) else escape(str(cell)) for cell in row]
                     for row in rows)
     head = "".join(f"<th>{cell}</th>" for cell in heads)

@@ -68,18 +68,18 @@ class Flags:
                   "lr", "critic_lr"}  # when a run is resumed
 
     def retry_flags(self):
-        """Flags with which a run may go on that has diverged."""
-        return lower_rates(self, type(self))
+        """Flags with which a run that has diverged may go on."""
+        return self.lower_rates(self, type(self))
 
-
-def lower_rates(numbers, usual):
-    """Flags for a tenth of the learning rates, or for the usual ones if these are lower still."""
-    flags = []
-    for name in ("lr", "critic_lr"):
-        if hasattr(numbers, name):
-            rate = min(getattr(numbers, name) / 10, getattr(usual, name))
-            flags += [cli.flag(name), f"{rate:g}"]
-    return flags
+    @staticmethod
+    def lower_rates(numbers, usual):
+        """A tenth of the learning rates, or the usual ones if these are lower still, as flags."""
+        flags = []
+        for name in ("lr", "critic_lr"):
+            if hasattr(numbers, name):
+                rate = min(getattr(numbers, name) / 10, getattr(usual, name))
+                flags += [cli.flag(name), f"{rate:g}"]
+        return flags
 
 
 # ---------------------------------------------------------------------------------------------
