@@ -8,6 +8,7 @@ import base64
 import re
 from html import escape
 from io import StringIO
+from itertools import zip_longest
 
 import imageio.v3 as iio
 import matplotlib.style
@@ -98,7 +99,7 @@ def shown(prompts):
         if moving in (0, balls):
             kinds.setdefault((balls, moving > 0), []).append(i)
     order = [kinds.get(kind, []) for kind in ((1, False), (1, True), (2, False), (2, True))]
-    return [i for group in zip(*order) for i in group][:8]
+    return [i for group in zip_longest(*order) for i in group if i is not None][:8]
 
 
 def moving_picture(video):

@@ -43,6 +43,12 @@ def test_the_page_shows_eight_prompts_by_six_samplers_and_stands_alone(folder):
     assert iio.immeta(folder / "demo.gif")["loop"] == 0  # for ever
 
 
+def test_prompts_of_the_other_kinds_are_shown_where_one_kind_is_missing():
+    prompts = ["a blue ball moving up", "a red ball", "a red ball beside a blue ball moving up",
+               "a red ball moving up beside a blue ball moving up"]
+    assert page.shown(prompts) == [1, 0, 3]
+
+
 def test_moving_pictures_keep_every_pixel():
     video = torch.rand(3, 9, 16, 16)
     frames = iio.imread(base64.b64decode(page.moving_picture(video)), extension=".webp", index=...)

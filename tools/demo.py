@@ -38,7 +38,7 @@ from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 DEMO_SEED = 1001  # of the page's prompts and noise: no training run uses it
-PROMPTS, BATCH_SIZE = 32, 16
+PROMPTS, BATCH_SIZE = 24, 12
 RUNS = {  # name, colour in charts, and flags of train.py
     "dmd": ("DMD", "#e0722f", ["--lambda-reg", "0", "--lambda-temp", "0"]),
     "avd": ("AVD", "#3b82d6", [])}
@@ -52,9 +52,9 @@ class Demo:
     """folder for both runs, the page and its pictures"""
     model: Path = WEIGHTS
     """folder of the teacher and its interpolator"""
-    steps: int = 30
+    steps: int = 24
     """updates of each student"""
-    batch_size: int = 16
+    batch_size: int = 8
     """videos in an update"""
     seed: int = 0
     """seed of the data and the noise"""
@@ -112,7 +112,6 @@ class Column(NamedTuple):
 
 
 def write_report(args):
-    torch.set_num_threads(1)  # a second thread hardly helps, and on a busy machine it does harm
     logs = {run: list(map(json.loads, (args.out / run / "metrics.jsonl").read_text().splitlines()))
             for run in RUNS}
     real, prompts = world.make(DEMO_SEED, range(PROMPTS))
