@@ -32,6 +32,7 @@ Adaptive Video Distillation, CVPR 2026, arXiv 2603.21864. DMD2: arXiv 2405.14867
 import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Annotated, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -46,49 +47,80 @@ import kernels
 # ---------------------------------------------------------------------------------------------
 
 
+class Limits(NamedTuple):
+    """The least and the largest value of a number; both int for whole numbers."""
+
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"from {self.low:.10g} to {self.high:.10g}"
+
+
+AnyNumber = Annotated[float, Limits(-1e30, 1e30)]
+NotNegative = Annotated[float, Limits(0.0, 1e30)]
+Positive = Annotated[float, Limits(1e-30, 1e30)]
+Timestep = Annotated[float, Limits(1e-30, 1000.0)]
+Stride = Annotated[int, Limits(1, 1024)]
+Decay = Annotated[float, Limits(0.0, 1.0)]
+Beta = Annotated[float, Limits(0.0, 1 - 1e-9)]
+
+
 @dataclass(frozen=True)
 class AVDConfig:
     """The method's numbers. The paper's symbol is given where its name differs."""
 
-    timesteps: tuple[float, ...] = (1000, 900, 757, 522)
+    timesteps: tuple[Timestep, ...] = (1000, 900, 757, 522)
     """timesteps of the student's steps, noisiest first"""
-    strides: tuple[int, ...] = (2, 2, 1, 1)
+    strides: tuple[Stride, ...] = (2, 2, 1, 1)
     """frame stride of each step in sampling: 2 keeps every second frame (section 3.3)"""
-    train_strides: tuple[int, ...] = (1, 1, 1, 1)
+    train_strides: tuple[Stride, ...] = (1, 1, 1, 1)
     """frame stride of each step in training: the paper trains at the full frame rate"""
-    guidance_scale: float = 5.0
+    guidance_scale: AnyNumber = 5.0
     """scale of the teacher's guidance: uncond + guidance_scale * (cond - uncond)"""
-    shift: float = 5.0
+    shift: Positive = 5.0
     """how far the random timesteps of L_KL and of the critic are shifted towards noise"""
-    t_range: tuple[float, float] = (20, 980)
+    t_range: tuple[Timestep, Timestep] = (20, 980)
     """bounds of the random timesteps of L_KL and of the critic"""
-    lambda_reg: float = 2.0
+    lambda_reg: NotNegative = 2.0
     """weight of the adaptive regression (eq. 9)"""
-    k: float = 3.0
+    k: NotNegative = 3.0
     """how sharply the adaptive weight falls as a loss exceeds its mean (eq. 7)"""
-    ema_decay: float = 0.95
+    ema_decay: Decay = 0.95
     """decay of the Loss Mean Cache (eq. 6; omega)"""
-    lambda_temp: float = 0.05
+    lambda_temp: NotNegative = 0.05
     """weight of the temporal regularisation (eq. 9)"""
-    temporal_eps: float = 1e-6
+    temporal_eps: Positive = 1e-6
     """added inside the logarithm, so that a still video has a finite loss (eq. 8; theta)"""
-    temporal_truncation: float = 0.6
+    temporal_truncation: AnyNumber = 0.6
     """samples whose L_temp is at or below this level move enough and are left out"""
-    critic_updates: int = 5
+    critic_updates: Annotated[int, Limits(0, 1000)] = 5
     """updates of the critic after each update of the student"""
-    lr: float = 2e-6
+    lr: NotNegative = 2e-6
     """learning rate of the student (AdamW)"""
-    critic_lr: float = 2e-6
+    critic_lr: NotNegative = 2e-6
     """learning rate of the critic (AdamW)"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's moments"""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's weight decay"""
-    grad_clip: float = 10.0
+    grad_clip: Positive = 10.0
     """gradients are clipped to this norm, the student's and the critic's separately"""
 
     def __post_init__(self):
-        check(self)  # at the end of this file
+        check_limits(self)
+        if not self.timesteps or any(a <= b for a, b in pairwise(self.timesteps)):
+            raise ValueError(f"timesteps {self.timesteps} must decrease")
+        if len(self.betas) != 2 or len(self.t_range) != 2 or self.t_range[0] > self.t_range[1]:
+            raise ValueError(f"t_range {self.t_range} and betas {self.betas} must be two numbers "
+                             f"each, and t_range must not decrease")
+        for name in ("strides", "train_strides"):
+            strides = getattr(self, name)
+            if len(strides) != len(self.timesteps):
+                raise ValueError(f"{name} {strides}: there must be one stride for each of the "
+                                 f"{len(self.timesteps)} timesteps {self.timesteps}")
+            if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
+                raise ValueError(f"{name} {strides} must be powers of two that never increase")
 
     def to_json(self):
         """All numbers in a string, which is stored in the metadata of weights."""
@@ -99,6 +131,31 @@ class AVDConfig:
         """Of `to_json`; numbers that are missing have their defaults."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value
                       for name, value in json.loads(text).items()})
+
+
+def check_limits(options, named=str):
+    """ValueError for a number in a dataclass that its field does not allow. `named` names a field.
+
+    A field of numbers, or of tuples of them, has Limits in its type.
+    """
+    for name, kind in get_type_hints(type(options), include_extras=True).items():
+        limits, value, several = limits_of(kind), getattr(options, name), get_origin(kind) is tuple
+        if limits is None or value is None and type(None) in get_args(kind):
+            continue
+        numbers = value if several else (value,)
+        if not isinstance(numbers, tuple) or not all(
+                isinstance(number, (type(limits.low), int)) and limits.low <= number <= limits.high
+                for number in numbers):
+            whole = "whole " if type(limits.low) is int else ""
+            raise ValueError(f"{named(name)} {value!r}: {'each ' if several else ''}must be a "
+                             f"{whole}number {limits}")
+
+
+def limits_of(kind):
+    """The Limits in the type of a field; None if it has none."""
+    if isinstance(kind, Limits):
+        return kind
+    return next(filter(None, map(limits_of, get_args(kind))), None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,48 +585,3 @@ def sample_teacher(model, noise, text, null_text, steps=50, guidance_scale=5.0, 
     else:
         raise ValueError(f"solver {solver!r} is unknown; choose 'euler' or 'unipc'")
     return x.to(noise.dtype)
-
-
-# ---------------------------------------------------------------------------------------------
-# What a configuration may hold
-# ---------------------------------------------------------------------------------------------
-
-TINY, HUGE = 1e-30, 1e30  # the least number above zero, and the largest, that a number may be
-
-LIMITS = {  # the least and the largest value of each number; both int for whole numbers
-    "timesteps": (TINY, 1000.0), "strides": (1, 1024), "train_strides": (1, 1024),
-    "guidance_scale": (-HUGE, HUGE), "shift": (TINY, HUGE), "t_range": (TINY, 1000.0),
-    "lambda_reg": (0.0, HUGE), "k": (0.0, HUGE), "ema_decay": (0.0, 1.0),
-    "lambda_temp": (0.0, HUGE), "temporal_eps": (TINY, HUGE),
-    "temporal_truncation": (-HUGE, HUGE), "critic_updates": (0, 1000), "lr": (0.0, HUGE),
-    "critic_lr": (0.0, HUGE), "betas": (0.0, 1 - 1e-9), "weight_decay": (0.0, HUGE),
-    "grad_clip": (TINY, HUGE)}
-
-
-def check_limits(config, limits):
-    """ValueError for a number of another type, or outside its limits."""
-    for name, (low, high) in limits.items():
-        value, usual = getattr(config, name), getattr(type(config), name)
-        if (type(value) is tuple) != (type(usual) is tuple) or not all(
-                isinstance(number, (type(low), int)) and low <= number <= high
-                for number in (value if type(value) is tuple else (value,))):
-            raise ValueError(f"{name} {value!r} must be like {usual}, from {low:g} to {high:g}")
-
-
-def check(config):
-    """ValueError for numbers that no run could use."""
-    check_limits(config, LIMITS)
-    if not config.timesteps or any(a <= b for a, b in pairwise(config.timesteps)):
-        raise ValueError(f"timesteps {config.timesteps} must decrease")
-    for name in ("t_range", "betas"):
-        if len(getattr(config, name)) != 2:
-            raise ValueError(f"{name} {getattr(config, name)} must be two numbers")
-    if config.t_range[0] > config.t_range[1]:
-        raise ValueError(f"t_range {config.t_range} must not decrease")
-    for name in ("strides", "train_strides"):
-        strides = getattr(config, name)
-        if len(strides) != len(config.timesteps):
-            raise ValueError(f"{name} {strides}: there must be one stride for each of the "
-                             f"{len(config.timesteps)} timesteps {config.timesteps}")
-        if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
-            raise ValueError(f"{name} {strides} must be powers of two that never increase")

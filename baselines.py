@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 import adavid
 import kernels
-from adavid import HUGE, TINY, AVDConfig, check_limits
+from adavid import AnyNumber, AVDConfig, Decay, Limits, NotNegative
 from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
@@ -55,59 +55,51 @@ from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
 class BaselineConfig(AVDConfig):
     """The numbers that AVD does not have. All are of the papers, or of the released code."""
 
-    grid: int = 50
+    grid: Annotated[int, Limits(2, 10_000)] = 50
     """LCM, DCM, discrete rCM: intervals between noise levels (N), shifted by `shift`"""
-    huber: float = 0.001
+    huber: Annotated[float, Limits(1e-15, 1e30)] = 0.001
     """LCM, DCM: width of the rounded tip of the pseudo-Huber loss (c)"""
-    target_ema: float = 0.95
+    target_ema: Decay = 0.95
     """LCM: decay of the target, an average of the student's weights (mu)"""
-    split: int = 35
+    split: cli.Count = 35
     """DCM: index of the level below which the detail expert takes over (kappa): there, the
     predictions of the teacher's sampler have settled"""
-    lag: int = 3
+    lag: cli.Count = 3
     """DCM: the temporal coherence loss compares latent frames this far apart"""
-    adversarial_weight: float = 0.5
+    adversarial_weight: NotNegative = 0.5
     """DCM: weight of the discriminator's verdict (0.1 x 5)"""
-    feature_weight: float = 1.0
+    feature_weight: NotNegative = 1.0
     """DCM: weight of feature matching (0.1 x 10)"""
-    heads_width: int = 1024
+    heads_width: cli.Size = 1024
     """DCM: channels of the discriminator's heads; their learning rate is `critic_lr`"""
     tangent: Literal["jvp", "fd", "discrete"] = "jvp"
     """rCM: exact derivative along the ODE, finite difference (in float32), or steps of the grid"""
-    tangent_step: float = 1e-4
+    tangent_step: Annotated[float, Limits(1e-30, 1.0)] = 1e-4
     """rCM: step in sigma of the finite difference (h)"""
-    consistency_weight: float = 0.07
+    consistency_weight: NotNegative = 0.07
     """rCM: weight of L_sCM, 1 / (lambda sqrt(N)): lambda is 0.01, and a video has N = 2,096,640
     latent numbers. As losses are means here and not sums, this holds for any N"""
-    discrete_weight: float = 50.0
+    discrete_weight: NotNegative = 50.0
     """rCM: the same for steps of the grid (the released code's 100 x 1/2)"""
-    time_mean: float = 0.72
+    time_mean: AnyNumber = 0.72
     """rCM: random noise levels are sigmoid(time_mean + time_std z): -0.8 + log(21 frames) / 2"""
-    time_std: float = 1.6
-    share: float = 0.5
+    time_std: NotNegative = 1.6
+    share: Decay = 0.5
     """DFD: share of the samples for which the teacher looks at a real video"""
 
     def __post_init__(self):
         super().__post_init__()
-        check_limits(self, LIMITS)
         if self.split >= self.grid or self.heads_width % 32:
             raise ValueError(f"split {self.split} must be less than grid {self.grid}, and "
                              f"heads_width {self.heads_width} a multiple of 32")
 
-
-LIMITS = {
-    "grid": (2, 10_000), "huber": (1e-15, HUGE), "target_ema": (0.0, 1.0), "split": (1, 9999),
-    "lag": (1, 1024), "adversarial_weight": (0.0, HUGE), "feature_weight": (0.0, HUGE),
-    "heads_width": (32, 2**14), "tangent_step": (TINY, 1.0), "consistency_weight": (0.0, HUGE),
-    "discrete_weight": (0.0, HUGE), "time_mean": (-99.0, 99.0), "time_std": (0.0, 99.0),
-    "share": (0.0, 1.0)}
 
 NUMBERS = {  # of Wan2.1-1.3B
     "lcm": {"timesteps": (1000, 963.3, 914.0, 833.3, 720.3, 523.3), "lr": 1e-6, "grad_clip": 1.0},
     "dcm": {"timesteps": (1000, 992, 982, 949, 905, 810), "shift": 17.0, "lr": 1e-6,
             "critic_lr": 1e-5, "weight_decay": 0.001, "grad_clip": 1.0},
     "rcm": {"timesteps": (1000, 933.8, 852.9, 609.0), "grid": 48, "critic_updates": 4,
-            "critic_lr": 4e-7, "betas": (0.0, 0.999), "grad_clip": HUGE},
+            "critic_lr": 4e-7, "betas": (0.0, 0.999), "grad_clip": 1e30},
     "dfd": {"lambda_reg": 0.0, "lambda_temp": 0.0}}
 TOY_NUMBERS = {
     "lcm": {"lr": 2e-4, "betas": (0.9, 0.999)},
@@ -432,10 +424,10 @@ def dfd_losses(student, teacher, critic, cache, real, text, null_text, timesteps
 @dataclass
 class Baseline(Flags):
     method: tyro.conf.Suppress[str] = ""
-    steps: int = 60
-    batch_size: int = 16
-    save_every: int = 10
-    sample_every: int = 20
+    steps: cli.Count = 60
+    batch_size: cli.Size = 16
+    save_every: cli.Count = 10
+    sample_every: cli.Count = 20
     model: Path = WEIGHTS
     """folder of the teacher"""
     data: Path | None = None

@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 import adavid
+from adavid import AnyNumber, Positive
 from runtime import cli
 from runtime.experts import load_student
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
@@ -39,40 +40,40 @@ class Sample:
     names_file: Path | None = None
     """a text file with a line for each prompt, after which its videos are named; for benchmarks
     with extended prompts. By default a video is named after its prompt"""
-    videos_per_prompt: int = 1
+    videos_per_prompt: cli.Count = 1
     """how many videos of each prompt"""
     model: Path | None = None
     """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file; by
     default the toy's student, or its teacher with --teacher"""
     lora: tuple[Path, ...] = ()
     """LoRA files to add to the model, such as a distilled one and a style"""
-    lora_scale: tuple[float, ...] = ()
+    lora_scale: tuple[AnyNumber, ...] = ()
     """the weight of each LoRA; by default 1"""
     codec: Path | None = None
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     out: Path = Path("runs/samples")
     """folder for the videos and the contact sheet"""
-    frames: int | None = None
+    frames: cli.Size | None = None
     """of the video; by default 81 for Wan and 9 for the toy"""
-    height: int | None = None
+    height: cli.Size | None = None
     """in pixels; by default 480 for Wan and 16 for the toy"""
-    width: int | None = None
+    width: cli.Size | None = None
     """in pixels; by default 832 for Wan and 16 for the toy"""
-    seed: int = 0
+    seed: cli.Seed = 0
     """of the noise; video i has seed + i in any batch"""
     full_rate: bool = False
     """run every step at the full frame rate, without the interpolator"""
     teacher: bool = False
     """sample in many small steps with guidance"""
-    steps: int = 50
+    steps: cli.Count = 50
     """with --teacher: number of steps"""
-    guidance_scale: float | None = None
+    guidance_scale: AnyNumber | None = None
     """with --teacher: scale of the guidance; by default the one that students are distilled with"""
     negative_prompt: str | None = None
     """with --teacher: what guidance leads away from; by default Wan's own, or empty for the toy"""
-    shift: float = 5.0
+    shift: Positive = 5.0
     """with --teacher: shifts the steps towards noise"""
-    batch_size: int | None = None
+    batch_size: cli.Size | None = None
     """videos at a time; by default 1 for Wan and 16 for the toy"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the transformer and the text encoder; auto is bfloat16 for Wan on a GPU that has it, from

@@ -23,7 +23,7 @@ import tyro
 
 import adavid
 import kernels
-from adavid import AVDConfig, FrameInterpolator
+from adavid import AVDConfig, Beta, FrameInterpolator, NotNegative
 from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
@@ -49,15 +49,15 @@ from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
 class Interpolator(Flags):
     """Train the frame interpolator: a UNet that predicts dropped frames of real latents."""
 
-    steps: int = 2000
-    batch_size: int = 32
-    save_every: int = 500
-    sample_every: int = 1000
+    steps: cli.Count = 2000
+    batch_size: cli.Size = 32
+    save_every: cli.Count = 500
+    sample_every: cli.Count = 1000
     data: Path | None = None
     """folder of shards from tools.encode; by default the toy world"""
-    lr: float = 1e-3
+    lr: NotNegative = 1e-3
     """peak learning rate: warmed up over 100 steps, then decayed to zero"""
-    width: int = 32
+    width: cli.Size = 32
     """channels of the UNet at full resolution; twice as many at half resolution"""
 
 
@@ -66,10 +66,10 @@ class Distill(Flags):
     """Distil a teacher into a student. The teacher's weights hold the defaults of the method's
     numbers: the toy's differ from the paper's."""
 
-    steps: int = 60
-    batch_size: int = 16
-    save_every: int = 10
-    sample_every: int = 20
+    steps: cli.Count = 60
+    batch_size: cli.Size = 16
+    save_every: cli.Count = 10
+    sample_every: cli.Count = 20
     model: Path = WEIGHTS
     """folder of the teacher; an interpolator.safetensors beside it is used"""
     data: Path | None = None
@@ -78,13 +78,13 @@ class Distill(Flags):
     """folder of Wan's VAE, for the pictures; by default the teacher's folder"""
     init_student: Path | None = None
     """folder of the student's initial weights; by default the teacher's"""
-    accumulate: int = 1
+    accumulate: cli.Size = 1
     """batches in an update (gradient accumulation)"""
     one_rollout: bool = False
     """use the videos of the student's update for all critic updates of the cycle: faster"""
-    lora: int = 0
+    lora: cli.Rank = 0
     """rank of LoRA adapters on one shared, frozen base; 0 trains whole models"""
-    ema: float = 0.0
+    ema: Beta = 0.0
     """decay of an average of the student's weights, which is then what is saved; 0 for none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype to compute in: auto is bfloat16 for Wan on a GPU that has it, from NVIDIA or AMD, and

@@ -40,7 +40,7 @@ class Gallery:
 
     out: Path = Path("runs/gallery")
     """folder of the runs"""
-    steps: int = 60
+    steps: cli.Count = 60
     """updates of each student"""
 
 

@@ -10,12 +10,13 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 
 import adavid
 import kernels
-from adavid import AVDConfig
+from adavid import AVDConfig, Limits, NotNegative
 from runtime import cli
 from runtime.data import Toy, sample_indices
 from runtime.distributed import init_distributed, rank
@@ -36,15 +37,15 @@ TOY_NUMBERS = AVDConfig(guidance_scale=3.0, lr=2e-4, critic_lr=4e-4, betas=(0.0,
 class Teacher(Flags):
     """Train the toy's teacher: flow matching on real videos, with some prompts left empty."""
 
-    steps: int = 16_000
-    batch_size: int = 32
-    save_every: int = 500
-    sample_every: int = 1000
-    lr: float = 3e-3
+    steps: cli.Count = 16_000
+    batch_size: cli.Size = 32
+    save_every: cli.Count = 500
+    sample_every: cli.Count = 1000
+    lr: NotNegative = 3e-3
     """peak learning rate: warmed up over 100 steps, then decayed to zero"""
     compile: bool = False
     """torch.compile the model: about a minute to compile, then faster steps"""
-    score_prompts: int = 256
+    score_prompts: Annotated[int, Limits(1, 2**20)] = 256
     """how many fixed prompts the finished teacher is scored on"""
     may_change = Flags.may_change | {"score_prompts"}
 

@@ -26,9 +26,9 @@ class World:
 
     model: Path = WEIGHTS
     """folder of the teacher"""
-    prompts: int = 512
+    prompts: cli.Count = 512
     """prompts for each of three seeds"""
-    steps: int = 50
+    steps: cli.Count = 50
     """guided steps of the teacher"""
     page: Path = PAGE
     """page whose tables are filled"""

@@ -12,25 +12,21 @@ import warnings
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from safetensors import SafetensorError
 
-import adavid
-from adavid import HUGE, TINY
+from adavid import Limits, check_limits
 from tiny_wan.codec import is_out_of_memory, is_toy
 
 OF_EXTRA = {"diffusers", "transformers", "ftfy", "peft"}  # installed by the extra [wan]
-MOST = 2**31 - 1
-LIMITS = adavid.LIMITS | {  # the least and the largest value of each flag that is a number
-    "steps": (1, MOST), "batch_size": (1, 2**16), "accumulate": (1, 2**16), "seed": (0, 2**32 - 1),
-    "save_every": (1, MOST), "sample_every": (1, MOST), "keep": (2, MOST), "keep_every": (1, MOST),
-    "score_prompts": (1, 2**20), "lora": (0, 2**12), "lora_rank": (1, 2**12),
-    "lora_scale": (-HUGE, HUGE), "ema": (0, 1 - 1e-9), "frames": (1, 2**16),
-    "height": (1, 2**16), "width": (1, 2**16), "fps": (1, 1000), "videos_per_prompt": (1, 2**20),
-    "shard_size": (1, 2**20), "gpus": (1, 2**20), "videos": (1, 2**40), "tflops": (TINY, HUGE),
-    "utilisation": (TINY, 1), "memory": (TINY, HUGE)}
+
+Count = Annotated[int, Limits(1, 2**31 - 1)]
+Size = Annotated[int, Limits(1, 2**16)]  # of what takes memory
+Seed = Annotated[int, Limits(0, 2**32 - 1)]
+Rank = Annotated[int, Limits(0, 2**12)]  # of LoRA: 0 is none
 
 
 class Diverged(ValueError):
@@ -59,26 +55,14 @@ def run(program, options, argv=None):
 
 def parse_and_run(program, options, argv):
     argv, complaint = sys.argv[1:] if argv is None else argv, io.StringIO()
-    parse = lambda: tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
     try:
         with contextlib.redirect_stderr(complaint):
-            args = parse()
-        for name, value in vars(args).items():
-            if name in LIMITS and isinstance(value, (int, float)):
-                low, high = LIMITS[name]
-                if not low <= value <= high:
-                    raise ValueError(f"{flag(name)} {value}: must be {limits(name)}")
+            args = tyro.cli(options, args=argv, config=(tyro.conf.OmitSubcommandPrefixes,))
+        check_limits(args, flag)
     except SystemExit as end:
         box = (line.strip("│ ") for line in complaint.getvalue().splitlines()[1:-1])
         if end.code:
             fail(" ".join([*takewhile(lambda line: line[:1] != "─", box), "(see --help)"]))
-        else:
-            with contextlib.redirect_stdout(io.StringIO()) as text, \
-                    contextlib.suppress(SystemExit):
-                parse()
-            words = text.getvalue().split()
-            print("Numbers:", "; ".join(f"{flag(name)} {limits(name)}" for name in LIMITS
-                                        if flag(name) in words) or "none")
         return end.code or 0
     except ValueError as error:
         fail(error)
@@ -110,15 +94,6 @@ def parse_and_run(program, options, argv):
 
 def flag(name):
     return "--" + name.replace("_", "-")
-
-
-def limits(name):
-    """The limits of a flag's number in words."""
-    low, high = LIMITS[name]
-    if low == -HUGE:
-        return "finite"
-    least = "above 0" if low == TINY else f"{low:g} or more"
-    return least if high in (MOST, HUGE) else f"{least}, at most {high:.10g}"
 
 
 def launcher():

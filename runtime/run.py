@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 try:
     import fcntl
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from adavid import Limits
 from runtime import cli
 from runtime.checkpoints import FOLLOWED, Checkpointer, find_not_finite, list_checkpoints
 from runtime.distributed import (
@@ -47,20 +48,20 @@ class Flags:
 
     out: Path
     """folder of the run; repeat the command to resume it"""
-    steps: int
+    steps: cli.Count
     """how many updates; for distill, cycles of one student and several critic updates"""
-    batch_size: int
+    batch_size: cli.Size
     """videos in a batch, on each GPU"""
-    seed: int = 0
+    seed: cli.Seed = 0
     """random seed of the data, the noise and the initial weights"""
-    save_every: int = 100
+    save_every: cli.Count = 100
     """steps between checkpoints"""
-    keep: int = 2
+    keep: Annotated[int, Limits(2, 2**31 - 1)] = 2
     """how many of the newest checkpoints to keep, at least 2: the newest is trusted only after a
     further update has succeeded, and a damaged one is passed over"""
-    keep_every: int | None = None
+    keep_every: cli.Count | None = None
     """also keep every checkpoint whose step is a multiple of this"""
-    sample_every: int = 100
+    sample_every: cli.Count = 100
     """steps between pictures of a fixed set of prompts"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """device to run on"""

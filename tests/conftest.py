@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # also for what is set up once, before the first test
 # The files that take longest. They go first, or the other processes would wait for them at the end.
 LONGEST = ("test_ranks.py", "test_readme.py", "test_train.py", "test_pipeline.py",
            "test_baselines.py", "test_demo.py", "test_kernels.py", "test_world.py",
-           "test_devices.py", "test_bad_input.py", "test_encode.py")
+           "test_bad_input.py", "test_devices.py", "test_encode.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -52,11 +52,11 @@ class Demo:
     """folder for both runs, the page and its pictures"""
     model: Path = WEIGHTS
     """folder of the teacher and its interpolator"""
-    steps: int = 24
+    steps: cli.Count = 24
     """updates of each student"""
-    batch_size: int = 8
+    batch_size: cli.Size = 8
     """videos in an update"""
-    seed: int = 0
+    seed: cli.Seed = 0
     """seed of the data and the noise"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to train and sample"""

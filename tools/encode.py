@@ -19,13 +19,14 @@ from collections import ChainMap, Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from adavid import Limits
 from runtime import cli
 from runtime.data import INDEX, Prefetch
 from runtime.distributed import init_distributed, rank, world_size
@@ -52,17 +53,17 @@ class Encode:
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     exclude_prompts: Path | None = None
     """a text file with a prompt on each line, as of a benchmark; captions must not repeat one"""
-    frames: int = WanCodec.frames
+    frames: cli.Size = WanCodec.frames
     """of each video, from its start; shorter videos are skipped"""
-    height: int = WanCodec.height
+    height: cli.Size = WanCodec.height
     """in pixels; videos are scaled and cropped to it"""
-    width: int = WanCodec.width
+    width: cli.Size = WanCodec.width
     """in pixels; videos are scaled and cropped to it"""
-    fps: int = WanCodec.fps
+    fps: Annotated[int, Limits(1, 1000)] = WanCodec.fps
     """frames per second that videos are resampled to"""
     negative_prompt: str | None = None
     """what guidance leads away from in training; by default Wan's own"""
-    shard_size: int = 64
+    shard_size: cli.Count = 64
     """videos in a shard, and the most that `kill -9` can lose; Ctrl-C loses none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the text encoder; auto is bfloat16 on an NVIDIA or AMD GPU, elsewhere that of its file"""

@@ -9,10 +9,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
+from adavid import Limits
 from runtime import cli
 from runtime.lora import FILE, extract, load_merged
 from runtime.models import find_interpolator, load_config
@@ -35,7 +36,7 @@ class Export:
     """of the files to write; by default diffusers"""
     lora: Path | None = None
     """a LoRA of this model, in a file; it is merged into the weights"""
-    lora_rank: int | None = None
+    lora_rank: Annotated[int, Limits(1, 2**12)] | None = None
     """write the difference between the model and its --base as a LoRA of this rank"""
     base: Path | None = None
     """with --lora-rank: the model that this one was distilled from"""

@@ -13,12 +13,13 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 import adavid
+from adavid import Limits, Positive
 from runtime import cli
 from runtime.page import fill, markdown
 from tiny_wan import PRESETS, ToyCodec, WanCodec, WanModel
@@ -35,18 +36,18 @@ USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 class Plan:
     preset: Literal[tuple(PRESETS)] = "wan-1.3b"
     """architecture"""
-    frames: int | None = None
+    frames: cli.Size | None = None
     """frames of the video; by default 81 for Wan and 9 for the toy"""
-    height: int | None = None
+    height: cli.Size | None = None
     """height in pixels; by default 480 for Wan and 16 for the toy"""
-    width: int | None = None
+    width: cli.Size | None = None
     """width in pixels; by default 832 for Wan and 16 for the toy"""
-    batch_size: int = 1
+    batch_size: cli.Size = 1
     """videos in a batch, on each GPU"""
-    tflops: float = 989.0
+    tflops: Positive = 989.0
     """the GPU's dense bfloat16 peak in TFLOP/s: 989 for H100 and H200, 312 for A100. A VAE in
     float32 is assumed to reach half as much, in TF32"""
-    utilisation: float = 0.4
+    utilisation: Annotated[float, Limits(1e-30, 1.0)] = 0.4
     """share of that peak that your code reaches; the default is an assumption"""
 
 
@@ -54,17 +55,17 @@ class Plan:
 class Distill(Plan):
     """Training: FLOPs of a cycle, memory of each GPU, hours of the whole recipe."""
 
-    gpus: int = 1
+    gpus: cli.Count = 1
     """number of GPUs, each with its own videos"""
-    lora: int = 0
+    lora: cli.Rank = 0
     """rank of the adapters; 0 trains whole models. All adapters share one frozen base."""
     one_rollout: bool = False
     """as in train.py: the critic learns from the student update's videos throughout a cycle"""
-    accumulate: int = 1
+    accumulate: cli.Size = 1
     """batches whose gradients are summed for one update"""
-    videos: int = 150_000
+    videos: Annotated[int, Limits(1, 2**40)] = 150_000
     """real videos; the student's updates see each of them once"""
-    memory: float = 80.0
+    memory: Positive = 80.0
     """memory of each GPU in GB"""
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from adavid import Positive
 from runtime import cli
 from tiny_wan import WanCodec, WanConfig, WanModel, open_codec
 from tiny_wan.codec import empty_cache
@@ -42,15 +43,15 @@ class WanCheck:
     """Wan2.1, in the original or in Diffusers' layout, with its text encoder and VAE"""
     out: Path = Path("runs/wan-check")
     """folder for everything that is written: about 12 GB for 1.3B"""
-    frames: int = 33
+    frames: cli.Size = 33
     """frames of each video"""
-    height: int = 480
+    height: cli.Size = 480
     """in pixels"""
-    width: int = 832
+    width: cli.Size = 832
     """in pixels"""
-    steps: int = 8
+    steps: cli.Count = 8
     """guided steps of the teacher"""
-    tflops: float = 165.0
+    tflops: Positive = 165.0
     """the card's dense bfloat16 peak in TFLOP/s, for the planned minutes: 165 for an RTX 4090"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to run"""

@@ -7,10 +7,9 @@ import torch
 
 import adavid
 from experiments import teacher
-from runtime import cli
 from runtime.models import load_config
 from tests.helpers import resumes_to_the_same_bits
-from tests.test_numbers import numbers
+from tests.torture.random_numbers import without_limits
 from tiny_wan import WanModel, checkpoint
 
 
@@ -46,7 +45,7 @@ def test_it_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
 
 
 def test_every_number_has_limits():
-    assert set(numbers(teacher.Teacher)) <= cli.LIMITS.keys()
+    assert not without_limits(teacher.Teacher)
 
 
 def test_muon_is_torchs_up_to_its_bfloat16():

@@ -7,7 +7,7 @@
 A run that is killed with -9 at random moments, also while it saves, must end bit for bit like one
 that nobody touched. A damaged file must end its reader with code 0, or with code 2 and one line
 that names the file, its folder or the value. Runs and readers are forks, so Linux only.
-tests/power_loss.py describes the power cuts.
+power_loss.py describes the power cuts.
 """
 
 import errno
@@ -38,10 +38,10 @@ from tqdm import tqdm
 import train
 from runtime import cli
 from runtime.checkpoints import find_damage, list_checkpoints
-from tests import power_loss
-from tests.bad_input import READERS
 from tests.helpers import MAKERS, ROOT, Inputs, write_clips
-from tests.test_numbers import try_numbers
+from tests.torture import power_loss
+from tests.torture.random_numbers import try_numbers
+from tests.torture.readers import READERS
 from tiny_wan import checkpoint
 from tools import encode
 

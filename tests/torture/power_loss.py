@@ -5,7 +5,7 @@ after any of them. Then a file holds what it held at its last fsync, and a folde
 it had at its own last fsync; of what came later the disk has all, some or nothing. A run that
 resumes there must find the last checkpoint that was published, or a newer one. Linux only.
 
-    python -m tests.power_loss FOLDER   records a run, also under torchrun; `make torture` does it
+    python -m tests.torture.power_loss FOLDER    records a run, also under torchrun
 """
 
 import _pyio
@@ -297,7 +297,7 @@ def cut_power(folder, ranks, seed=0, variants=3):
     folder.mkdir()
     if ranks == 1:
         record(folder)
-    elif (result := torchrun("-m", "tests.power_loss", folder)).returncode:
+    elif (result := torchrun("-m", "tests.torture.power_loss", folder)).returncode:
         return [result.stderr]
     operations = sorted(sum((json.loads(f.read_text()) for f in folder.glob("*.json")), []))
     copies, again, disk, least = load_copies(folder), folder / "again", Folder(), 0

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.power_loss import cut_power, fail_disk
+from tests.torture.power_loss import cut_power, fail_disk
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
 
