@@ -20,7 +20,7 @@ from tqdm import tqdm
 import adavid
 from adavid import AnyNumber, Positive
 from runtime import cli
-from runtime.experts import load_student
+from runtime.lora import load_merged
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
 from runtime.models import load_config, load_interpolator
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
@@ -141,8 +141,9 @@ def run(args):
         null_text = null_text[None].to(device)
         text = torch.stack(text)
     with watch("load"):
-        model, sample_student = load_student(
-            args.model, dtype or torch.float32, device, tuple(zip(args.lora, scales)))
+        dtype, loras = dtype or torch.float32, zip(args.lora, scales)
+        model = (load_merged(args.model, dtype, device, loras) if args.lora
+                 else WanModel.from_pretrained(args.model, dtype, device)).eval()
         if args.compile:
             for block in model.blocks:
                 block.compile()
@@ -165,7 +166,7 @@ def run(args):
                     counted, noise, text, null_text, steps=args.steps,
                     guidance_scale=config.guidance_scale, shift=args.shift,
                     solver=codec.solver).cpu()
-            return sample_student(counted, noise, text, config, interpolator, generator).cpu()
+            return adavid.sample(counted, noise, text, config, interpolator, generator).cpu()
 
     names, rows, kept = list(file_names(titles)), [], []
     (args.out / "captions.jsonl").write_text("".join(

@@ -36,12 +36,11 @@ from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 import adavid
-import baselines
 import train
 from adavid import LossMeanCache
+from experiments import baselines
 from runtime import cli, lora, page
 from runtime.data import INDEX, write_toy_shards
-from runtime.experts import load_student
 from runtime.models import load_config, load_interpolator
 from runtime.run import make_generator
 from sample import sample_batches
@@ -304,8 +303,8 @@ def spoil(kind, video, generator):
 
 def sampler_of(row, folder):
     """`sampler(noise, text, generator)` of a row, with the student or teacher in `folder`."""
-    model, sample_student = load_student(folder, torch.float32, "cpu")
-    config, interpolator = load_config(folder), load_interpolator(folder, "cpu")
+    model, sample_student, config = baselines.load_student(folder)
+    interpolator = load_interpolator(folder, "cpu")
     if "steps" in row:
         null_text = ToyCodec().encode_text([row.get("null_prompt", "")])
         return lambda noise, text, generator: adavid.sample_teacher(
@@ -337,7 +336,7 @@ def measure(conditions, name, folder, seed):
         one = (torch.zeros(1, *shape) for shape in (codec.latent_shape(), (1, codec.text_dim)))
         sampler = sampler_of(row | {"steps": 1} if "steps" in row else row, folder)
         flops = count_flops(lambda: sampler(*one, None)) * row.get("steps", 1)  # of equal cost
-        steps = row.get("steps", len(load_config(folder).timesteps))
+        steps = row.get("steps") or len(baselines.load_student(folder)[2].timesteps)
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
             "scores": {key: [compact(v) for v in scores[key].tolist()] for key in (

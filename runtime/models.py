@@ -15,9 +15,9 @@ from tiny_wan import WanConfig, WanModel, checkpoint
 
 def load_config(path):
     """The method's numbers stored with the weights at `path`; the paper's where it has none."""
-    numbers = checkpoint.read_metadata(path).get("avd", "{}")
+    metadata = checkpoint.read_metadata(path)
     try:
-        return adavid.AVDConfig.from_json(numbers)
+        return adavid.AVDConfig.from_json(metadata.get("avd", "{}"))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{checkpoint.named(path)}: the method's numbers in its metadata are "
                          f"wrong ({error})") from None

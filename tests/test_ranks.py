@@ -13,7 +13,6 @@ import sample
 import train
 from runtime import lora
 from runtime.checkpoints import list_checkpoints
-from runtime.experts import load_student
 from runtime.models import default_config
 from runtime.run import lock_folder
 from tests import miniature_wan
@@ -392,8 +391,8 @@ def test_export_merges_to_the_bits_that_sample_computes_with(inputs, tmp_path):
     student.save_adapter(tmp_path, {"method": "AVD"})
     assert export.main(["--model", str(tmp_path / "base"), "--lora", str(tmp_path / lora.FILE),
                         "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
-    sampled, _ = load_student(tmp_path / "base", torch.bfloat16, "cpu",
-                              [(tmp_path / lora.FILE, 1.0)])
+    sampled = lora.load_merged(tmp_path / "base", torch.bfloat16, "cpu",
+                               [(tmp_path / lora.FILE, 1.0)])
     exported = WanModel.from_pretrained(tmp_path / "out").state_dict()
     assert equal(exported, sampled.state_dict())
     assert {p.dtype for p in exported.values()} == {torch.bfloat16, torch.float32}
@@ -444,7 +443,6 @@ import sys, time, train
 from pathlib import Path
 from runtime import distributed, run
 from runtime.checkpoints import list_checkpoints
-from runtime.experts import load_student
 from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
 write = Writer.write_data
 def slowly(self, *args):

@@ -13,11 +13,10 @@ LAYERS = {  # what each layer may import of ours, besides itself
     "runtime": "tiny_wan adavid kernels",
     "train": "runtime tiny_wan adavid kernels",
     "sample": "runtime tiny_wan adavid kernels",
-    "baselines": "runtime tiny_wan adavid kernels",
     "tools": "train sample runtime tiny_wan adavid kernels",
-    "experiments": "baselines tools train sample runtime tiny_wan adavid kernels",
+    "experiments": "tools train sample runtime tiny_wan adavid kernels",
     "tests": "tools train sample runtime tiny_wan adavid kernels",
-    "tests/experiments": "experiments baselines tools train sample runtime tiny_wan adavid kernels",
+    "tests/experiments": "experiments tools train sample runtime tiny_wan adavid kernels",
 }
 
 

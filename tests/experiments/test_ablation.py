@@ -18,9 +18,8 @@ import torch
 import tyro
 
 import adavid
-import baselines
 import train
-from experiments import ablation, bench
+from experiments import ablation, baselines, bench
 from runtime import page, pictures
 from runtime.data import Shards
 from tests.helpers import complaint, weigh_and_update

@@ -5,8 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import adavid
-import baselines
-from experiments import ablation, bench, gallery, lesson, teacher, world
+from experiments import ablation, baselines, bench, gallery, lesson, teacher, world
 from tests.helpers import ROOT, read_lines
 from tests.test_readme import PAGES, SMALL, TRAINING, code, commands, run, text_of
 from tests.test_readme import PROGRAMS as PRODUCT
@@ -15,7 +14,7 @@ PROGRAMS = PRODUCT | {
     "experiments.ablation": ablation.main, "experiments.bench": bench.main,
     "experiments.gallery": gallery.main, "experiments.lesson": lesson.main,
     "experiments.teacher": teacher.main, "experiments.world": world.main,
-    "baselines.py": baselines.main}
+    "experiments.baselines": baselines.main}
 
 
 def test_the_training_pages_teacher_runs(tmp_path, monkeypatch):
@@ -32,7 +31,7 @@ def test_the_training_pages_teacher_runs(tmp_path, monkeypatch):
 def test_the_page_on_other_methods_runs(toy_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "baselines.md"
-    small = {"train.py": SMALL["train.py"], "baselines.py": SMALL["train.py"],
+    small = {"train.py": SMALL["train.py"], "experiments.baselines": SMALL["train.py"],
              "sample.py": ["--device", "cpu"]}
     for line in commands(page):
         if "ablation" not in line:  # which takes an hour
@@ -48,7 +47,7 @@ def test_flags_in_the_docs_exist(capsys):
         "--local-dir", "--dimension", "--max-restarts", "--shutdown-timeout", "--nnodes", "--dist",
         "--maxprocesses", "--no-loadscope-reorder", "--ranks"}
     stages = {"train.py": [["interpolator"], ["distill"]],
-              "baselines.py": [["lcm"]], "tools.plan": [["distill"], ["sample"]]}
+              "experiments.baselines": [["lcm"]], "tools.plan": [["distill"], ["sample"]]}
     for name, main in PROGRAMS.items():
         for stage in stages.get(name, [[]]):
             assert main([*stage, "--help"]) == 0

@@ -1,9 +1,9 @@
 """LCM, DCM, rCM and DFD: four methods to compare AVD with, built from the parts of adavid.py.
 
-    python baselines.py lcm --out runs/lcm    latent consistency: 6 steps
-    python baselines.py dcm --out runs/dcm    two experts for coarse and for fine: 6 steps
-    python baselines.py rcm --out runs/rcm    continuous consistency and DMD: 4 steps
-    python baselines.py dfd --out runs/dfd --init-student runs/dmd    DMD with real videos: 4 steps
+    python -m experiments.baselines lcm --out runs/lcm
+    python -m experiments.baselines dcm --out runs/dcm
+    python -m experiments.baselines rcm --out runs/rcm
+    python -m experiments.baselines dfd --out runs/dfd --init-student runs/dmd
 
 Each takes `--model DIR --data SHARDS` for Wan2.1, on one GPU, and resumes like train.py. Shapes,
 noise levels and randomness are those of adavid.py.
@@ -40,11 +40,10 @@ from adavid import AnyNumber, AVDConfig, Decay, Limits, NotNegative
 from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
-from runtime.experts import Experts, euler_steps
 from runtime.models import check_fit, load_config, load_interpolator, load_trainable, save_student
 from runtime.pictures import open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
-from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
+from tiny_wan import WEIGHTS, ToyCodec, WanConfig, WanModel, checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # Numbers
@@ -72,10 +71,8 @@ class BaselineConfig(AVDConfig):
     """DCM: weight of feature matching (0.1 x 10)"""
     heads_width: cli.Size = 1024
     """DCM: channels of the discriminator's heads; their learning rate is `critic_lr`"""
-    tangent: Literal["jvp", "fd", "discrete"] = "jvp"
-    """rCM: exact derivative along the ODE, finite difference (in float32), or steps of the grid"""
-    tangent_step: Annotated[float, Limits(1e-30, 1.0)] = 1e-4
-    """rCM: step in sigma of the finite difference (h)"""
+    tangent: Literal["jvp", "discrete"] = "jvp"
+    """rCM: exact derivative along the ODE, or steps of the grid"""
     consistency_weight: NotNegative = 0.07
     """rCM: weight of L_sCM, 1 / (lambda sqrt(N)): lambda is 0.01, and a video has N = 2,096,640
     latent numbers. As losses are means here and not sums, this holds for any N"""
@@ -264,6 +261,32 @@ def discriminator_loss(heads, fake, true):
     return F.relu(1 + heads(fake)).mean() + F.relu(1 - heads(true)).mean()
 
 
+class Experts(nn.Module):
+    """DCM's student: two models as one. All of a batch must have one `t`: above `split`, the
+    semantic expert takes it."""
+
+    def __init__(self, semantic, detail, split):
+        super().__init__()
+        self.semantic, self.detail, self.split = semantic, detail, split
+
+    def forward(self, x_t, t, text):
+        expert = self.detail if t[0] <= self.split else self.semantic
+        return expert(x_t, t, text)
+
+
+@torch.no_grad()
+def euler_steps(model, noise, text, config, interpolator=None, generator=None):
+    """DCM's sampler, with the arguments of `adavid.sample`, of which it ignores the last two.
+
+    Euler steps through the config's timesteps and from the last one to zero, in float32.
+    """
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    for t, t_next in zip(config.timesteps, (*config.timesteps[1:], 0)):
+        v = model(x.to(noise.dtype), x.new_full((len(x),), t), text)
+        x = x + (t_next - t) / 1000 * v
+    return x.to(noise.dtype)
+
+
 # ---------------------------------------------------------------------------------------------
 # rCM: consistency between infinitely close neighbours, and distribution matching beside it
 # ---------------------------------------------------------------------------------------------
@@ -308,18 +331,14 @@ class Differentiable(TorchFunctionMode):
 
 
 @torch.no_grad()
-def tangent(student, x_t, t, text, v, v_teacher, config):
+def tangent(student, x_t, t, text, v, v_teacher):
     """v_teacher - v - sigma dv/dsigma along the teacher's ODE. Zero if f is constant along it.
 
     `v` and `v_teacher` are the student's and the guided teacher's velocities at `x_t`.
     """
-    if config.tangent == "jvp":
-        with Differentiable():
-            _, derivative = torch.func.jvp(lambda x, t: student(x, t, text), (x_t, t),
-                                           (v_teacher, torch.full_like(t, 1000)))
-    else:
-        h = config.tangent_step
-        derivative = (v - student(x_t - h * v_teacher, t - 1000 * h, text)) / h
+    with Differentiable():
+        _, derivative = torch.func.jvp(lambda x, t: student(x, t, text), (x_t, t),
+                                       (v_teacher, torch.full_like(t, 1000)))
     return v_teacher - v - adavid.sigma_of(t) * derivative
 
 
@@ -366,7 +385,7 @@ def rcm_losses(student, teacher, critic, cache, real, text, null_text, timesteps
             v_teacher = adavid.guided_velocity(teacher, x_t, t, text, null_text,
                                                config.guidance_scale)
         v = student(x_t, t, text)
-        slope = tangent(student, x_t, t, text, v.detach(), v_teacher, config)
+        slope = tangent(student, x_t, t, text, v.detach(), v_teacher)
         yield config.consistency_weight * tangent_loss(v, slope, t), {
             "tangent": slope.square().mean().sqrt()}
 
@@ -482,11 +501,8 @@ class Setup:
         check_fit(args.out, args.model, self.start, self.data)
         self.dtype = cli.pick_dtype(args.dtype, self.device, WanConfig.from_pretrained(args.model))
         cli.announce(self.device, self.dtype, args.device)
-        half, tangent = self.dtype == torch.bfloat16, args.numbers.tangent
-        if half and tangent == "fd":
-            raise ValueError("--tangent fd: in bfloat16 a finite difference is nothing but noise; "
-                             "use jvp, or --dtype float32")
-        if half and (args.method, tangent) == ("rcm", "jvp") and torch.__version__ < "2.13":
+        exact = (args.method, args.numbers.tangent) == ("rcm", "jvp")
+        if exact and self.dtype == torch.bfloat16 and torch.__version__ < "2.13":
             raise ValueError(f"--tangent jvp: in bfloat16 it needs torch 2.13 or later, and this "
                              f"is {torch.__version__}; use --dtype float32, or --tangent discrete")
         if not self.data.has_videos:
@@ -583,7 +599,7 @@ def train_dcm(args, setup):
                                    config, "discriminator", "heads_grad_norm")
             setup.end_step(run, step, metrics, experts, euler_steps)
     setup.save(semantic, "semantic")
-    setup.save(detail, split=str(split))
+    setup.save(detail, "detail", split=str(split))
 
 
 def train_rcm(args, setup):
@@ -650,6 +666,19 @@ def train_with_critic(args, setup, losses, rollout, interpolator=None):
             setup.end_step(run, cycle, metrics | mean_metrics(critic_metrics) | {
                 "student_grad_norm": norm}, student, interpolator=interpolator)
     setup.save(student)
+
+
+def load_student(folder):
+    """The student of any method, AVD too: a model, its sampler, which is called like
+    `adavid.sample`, and its config."""
+    experts = (folder / "detail").is_dir()
+    detail = folder / "detail" if experts else folder
+    model, config = WanModel.from_pretrained(detail, torch.float32).eval(), load_config(detail)
+    if not experts:
+        return model, adavid.sample, config
+    semantic = WanModel.from_pretrained(folder / "semantic", torch.float32).eval()
+    split = float(checkpoint.read_metadata(detail)["split"])
+    return Experts(semantic, model, split), euler_steps, config
 
 
 METHODS = {
