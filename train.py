@@ -203,7 +203,7 @@ def distill(args):
     fetch = Prefetch(lambda number: data.batch(sample_indices(number, args.batch_size)))
     pictures = open_pictures(data, args.model, args.codec, device)
 
-    def random_step(update):
+    def random_rollout_step(update):
         """The student's step at which an update's rollouts end.
 
         All ranks must agree on it: with other numbers of forwards, sharded models would deadlock.
@@ -232,7 +232,7 @@ def distill(args):
             # the first critic update of a cycle share one number.
             first = cycle * (1 if args.one_rollout else max(1, config.critic_updates))
             metrics, videos = update_student(
-                models, student_optimizer, cache, load_batches(first), random_step(first),
+                models, student_optimizer, cache, load_batches(first), random_rollout_step(first),
                 args.accumulate, null_text, config)
             if args.ema and math.isfinite(metrics["student_grad_norm"]):
                 with torch.no_grad():
@@ -243,7 +243,7 @@ def distill(args):
             for i in range(config.critic_updates):
                 if i > 0 and not args.one_rollout:
                     videos = generate_videos(  # batch by batch, to save memory
-                        models, load_batches(first + i), random_step(first + i), config)
+                        models, load_batches(first + i), random_rollout_step(first + i), config)
                 critic_metrics.append(update_critic(models.critic, critic_optimizer, videos,
                                                     args.accumulate, config))
             metrics |= mean_metrics(critic_metrics)
@@ -259,9 +259,10 @@ def distill(args):
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
 
-def update_student(models, optimizer, cache, batches, step, accumulate, null_text, config):
-    """One update of the student (eq. 9), whose rollouts end at `step`. Returns its metrics, and its
-    videos for the critic.
+def update_student(models, optimizer, cache, batches, rollout_step, accumulate, null_text, config):
+    """One update of the student (eq. 9). Returns its metrics, and its videos for the critic.
+
+    rollout_step: the student's step at which its rollouts end.
 
     The videos are a list with (x0, text, generators) of each batch. The critic's update on them
     draws on from these generators.
@@ -269,7 +270,7 @@ def update_student(models, optimizer, cache, batches, step, accumulate, null_tex
     values, videos = defaultdict(list), []
     for real, text, generators in batches:
         noise = adavid.draw(torch.randn, real.shape, real, generators)
-        x0 = adavid.backward_simulation(models.student, noise, text, step, config,
+        x0 = adavid.backward_simulation(models.student, noise, text, rollout_step, config,
                                         models.interpolator, generators)
         loss, parts = adavid.matching_loss(x0, models.teacher, models.critic, text, null_text,
                                            config, generators)
@@ -277,7 +278,8 @@ def update_student(models, optimizer, cache, batches, step, accumulate, null_tex
         parts["loss"] = loss.detach()
         if config.lambda_reg:
             loss, reg_step, reg, weight = adavid.weighted_regression(
-                models.student, cache, real, text, step, config, models.interpolator, generators)
+                models.student, cache, real, text, rollout_step, config, models.interpolator,
+                generators)
             (loss / accumulate).backward()
             parts |= {"loss": parts["loss"] + loss.detach(), "reg_step": reg_step, "reg": reg,
                       "weight": weight}
@@ -294,7 +296,7 @@ def update_student(models, optimizer, cache, batches, step, accumulate, null_tex
         if math.isfinite(norm):
             cache.update(values["reg_step"], values["reg"])
         metrics |= metrics_by_timestep(values, cache, config)
-    return metrics | {"student_grad_norm": norm, "rollout_step": step}, videos
+    return metrics | {"student_grad_norm": norm, "rollout_step": rollout_step}, videos
 
 
 def metrics_by_timestep(values, cache, config):
@@ -322,12 +324,12 @@ def update_critic(critic, optimizer, videos, accumulate, config):
     return {"critic": loss, "critic_grad_norm": norm}
 
 
-def generate_videos(models, batches, step, config):
+def generate_videos(models, batches, rollout_step, config):
     """Yield new videos of the student, as (x0, text, generators) of each batch."""
     for real, text, generators in batches:
         with torch.no_grad():
             noise = adavid.draw(torch.randn, real.shape, real, generators)
-            x0 = adavid.backward_simulation(models.student, noise, text, step, config,
+            x0 = adavid.backward_simulation(models.student, noise, text, rollout_step, config,
                                             models.interpolator, generators)
         yield x0, text, generators
 

@@ -67,7 +67,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(model, device, dtype=None):
+def apply_fsdp(model, device, dtype=None):
     """Shard a model with FSDP2: each rank keeps a part of every tensor. -> model
 
     The matrices of one block at a time are gathered, in `dtype`, to compute with; None is their

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import adavid
-from runtime.distributed import full_tensor, rank, shard, world_size
+from runtime.distributed import apply_fsdp, full_tensor, rank, world_size
 from runtime.lora import add_adapters, rate_factor
 from tiny_wan import WanConfig, WanModel, checkpoint
 
@@ -95,7 +95,7 @@ def load_adapters(teacher, lora, seed, dtype, device, recompute):
     base.gradient_checkpointing = recompute
     # Sharded before it has adapters, so that these stay whole on each rank. On one GPU, FSDP would
     # only make copies: the base is in the dtype that it computes in.
-    base = shard(base, device) if world_size() > 1 else base.to(device)
+    base = apply_fsdp(base, device) if world_size() > 1 else base.to(device)
     return Models(*add_adapters(base, lora, ("student", "critic"), seed), interpolator)
 
 
@@ -115,7 +115,7 @@ def load_trainable(path, dtype, device, recompute):
     """
     model = WanModel.from_pretrained(path)
     model.gradient_checkpointing = recompute
-    model = shard(model, device, dtype)
+    model = apply_fsdp(model, device, dtype)
     return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 

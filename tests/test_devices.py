@@ -252,10 +252,10 @@ def test_without_nccl_one_gpu_trains_in_float32_and_bfloat16_is_refused_in_one_l
     model = WanModel(PRESETS["tiny"])
     model.to = lambda device: moved.append(device) or model
     for dtype in (None, torch.float32):
-        assert distributed.shard(model, device, dtype) is model
+        assert distributed.apply_fsdp(model, device, dtype) is model
     assert moved == [device, device]
     with pytest.raises(ValueError, match="no NCCL.*WSL2.*--dtype float32"):
-        distributed.shard(model, device, torch.bfloat16)
+        distributed.apply_fsdp(model, device, torch.bfloat16)
 
 
 def test_bfloat16_means_bfloat16_in_a_single_process(toy_folder, tmp_path):

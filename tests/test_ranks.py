@@ -150,7 +150,7 @@ def test_sharded_bf16_has_wans_float32_parts_and_the_bits_of_a_model_loaded_in_b
         ranks, tmp_path):
     (tmp_path / "bf16.py").write_text("""
 import torch
-from runtime.distributed import init_distributed, shard
+from runtime.distributed import apply_fsdp, init_distributed
 from tiny_wan import WEIGHTS, WanModel
 from tiny_wan.model import KEPT_PRECISE
 device, g = init_distributed("cpu"), torch.Generator().manual_seed(0)
@@ -165,7 +165,7 @@ for name, module in sharded.named_modules():
     module.register_forward_hook(lambda module, *_, name=name: dtypes.update(
         {f"{name}.{n}": p.dtype for n, p in module.named_parameters(recurse=False)}))
 v, v_loaded, v_rounded, v_sharded = (model(x, t, text) for model in (
-    exact, loaded, rounded, shard(sharded, device, torch.bfloat16)))
+    exact, loaded, rounded, apply_fsdp(sharded, device, torch.bfloat16)))
 assert dtypes == {name: torch.float32 if KEPT_PRECISE.search(name) else torch.bfloat16
                   for name, _ in exact.named_parameters()}
 assert torch.equal(v_sharded, v_loaded)

@@ -519,9 +519,10 @@ def test_each_method_makes_an_update_on_wan_and_samples(method, inputs, tmp_path
     out = tmp_path / "out"
     assert distil(method, inputs["diffusers"], out, "--data", inputs["encoded"], steps=2) == 0
     assert read_lines(out / "metrics.jsonl")[-1]["saturation"] >= 0
-    assert method == "dcm" or sample.main(["a cat", "--model", str(out), "--codec", str(inputs["diffusers"]),
-                        "--out", str(tmp_path / "videos"), "--frames", "5", "--height", "32",
-                        "--width", "48", "--device", "cpu"]) == 0
+    if method != "dcm":
+        assert sample.main(["a cat", "--model", str(out), "--codec", str(inputs["diffusers"]),
+                            "--out", str(tmp_path / "videos"), "--frames", "5", "--height", "32",
+                            "--width", "48", "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize("method, flags", [
