@@ -15,6 +15,7 @@ import adavid
 import sample
 from experiments import baselines
 from tests.helpers import FOUR_STEPS, complaint, equal, random_model, read_lines, saved
+from tests.pretended_device import pretended
 from tests.test_gaussian import (
     GUIDED,
     NULL,
@@ -511,6 +512,15 @@ def test_each_method_learns_and_resumes_bit_for_bit(method, flags, toy_folder, t
         said = capsys.readouterr().out
         assert code == 0
         assert "does not seem to be distilled" not in said and "no interpolator" not in said
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_keeps_its_tensors_together(method, kind, toy_folder, tmp_path):
+    with pretended(kind, baselines):
+        assert baselines.main([method, "--model", str(toy_folder), "--out", str(tmp_path / "out"),
+                               "--steps", "2", "--batch-size", "2", "--device", kind,
+                               "--heads-width", "32", "--critic-updates", "1"]) == 0
 
 
 @pytest.mark.long
