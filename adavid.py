@@ -53,17 +53,21 @@ class Limits(NamedTuple):
     low: float
     high: float
 
+    def allow(self, number):
+        return isinstance(number, (type(self.low), int)) and self.low <= number <= self.high
+
     def __str__(self):
-        return f"from {self.low:.10g} to {self.high:.10g}"
+        whole = "whole " if isinstance(self.low, int) else ""
+        return f"a {whole}number from {self.low:.10g} to {self.high:.10g}"
 
 
-AnyNumber = Annotated[float, Limits(-1e30, 1e30)]
+AnyNumber = Annotated[float, Limits(-1e30, 1e30)]  # finite, also as float32
 NotNegative = Annotated[float, Limits(0.0, 1e30)]
 Positive = Annotated[float, Limits(1e-30, 1e30)]
+Fraction = Annotated[float, Limits(0.0, 1.0)]
+Decay = Annotated[float, Limits(0.0, 1 - 1e-9)]
 Timestep = Annotated[float, Limits(1e-30, 1000.0)]
 Stride = Annotated[int, Limits(1, 1024)]
-Decay = Annotated[float, Limits(0.0, 1.0)]
-Beta = Annotated[float, Limits(0.0, 1 - 1e-9)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class AVDConfig:
     """weight of the adaptive regression (eq. 9)"""
     k: NotNegative = 3.0
     """how sharply the adaptive weight falls as a loss exceeds its mean (eq. 7)"""
-    ema_decay: Decay = 0.95
+    ema_decay: Fraction = 0.95
     """decay of the Loss Mean Cache (eq. 6; omega)"""
     lambda_temp: NotNegative = 0.05
     """weight of the temporal regularisation (eq. 9)"""
@@ -100,7 +104,7 @@ class AVDConfig:
     """learning rate of the student (AdamW)"""
     critic_lr: NotNegative = 2e-6
     """learning rate of the critic (AdamW)"""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's moments"""
     weight_decay: NotNegative = 0.01
     """AdamW's weight decay"""
@@ -110,17 +114,18 @@ class AVDConfig:
     def __post_init__(self):
         check_limits(self)
         if not self.timesteps or any(a <= b for a, b in pairwise(self.timesteps)):
-            raise ValueError(f"timesteps {self.timesteps} must decrease")
-        if len(self.betas) != 2 or len(self.t_range) != 2 or self.t_range[0] > self.t_range[1]:
-            raise ValueError(f"t_range {self.t_range} and betas {self.betas} must be two numbers "
-                             f"each, and t_range must not decrease")
+            raise ValueError(f"timesteps {self.timesteps}: there must be one or more, and they "
+                             f"must decrease")
+        if self.t_range[0] > self.t_range[1]:
+            raise ValueError(f"t_range {self.t_range} must not decrease")
         for name in ("strides", "train_strides"):
             strides = getattr(self, name)
             if len(strides) != len(self.timesteps):
                 raise ValueError(f"{name} {strides}: there must be one stride for each of the "
                                  f"{len(self.timesteps)} timesteps {self.timesteps}")
-            if any(s & (s - 1) for s in strides) or sorted(strides)[::-1] != list(strides):
-                raise ValueError(f"{name} {strides} must be powers of two that never increase")
+            if any(s & (s - 1) for s in strides) or any(a < b for a, b in pairwise(strides)):
+                raise ValueError(f"{name} {strides} must be powers of two that never increase, as "
+                                 f"the interpolator doubles the frame rate")
 
     def to_json(self):
         """All numbers in a string, which is stored in the metadata of weights."""
@@ -128,27 +133,29 @@ class AVDConfig:
 
     @classmethod
     def from_json(cls, text):
-        """Of `to_json`; numbers that are missing have their defaults."""
+        """The config in a string of `to_json`. Numbers that are missing have their defaults."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value
                       for name, value in json.loads(text).items()})
 
 
 def check_limits(options, named=str):
-    """ValueError for a number in a dataclass that its field does not allow. `named` names a field.
+    """ValueError for a number in a dataclass that the Limits in its field's type do not allow.
 
-    A field of numbers, or of tuples of them, has Limits in its type.
+    named: turns a field's name into what the user calls it.
     """
     for name, kind in get_type_hints(type(options), include_extras=True).items():
-        limits, value, several = limits_of(kind), getattr(options, name), get_origin(kind) is tuple
-        if limits is None or value is None and type(None) in get_args(kind):
+        limits, value, parts = limits_of(kind), getattr(options, name), get_args(kind)
+        if limits is None or value is None and type(None) in parts:
             continue
-        numbers = value if several else (value,)
-        if not isinstance(numbers, tuple) or not all(
-                isinstance(number, (type(limits.low), int)) and limits.low <= number <= limits.high
-                for number in numbers):
-            whole = "whole " if type(limits.low) is int else ""
-            raise ValueError(f"{named(name)} {value!r}: {'each ' if several else ''}must be a "
-                             f"{whole}number {limits}")
+        if get_origin(kind) is not tuple:
+            fits, wanted = limits.allow(value), limits
+        else:
+            count = "some" if ... in parts else len(parts)
+            fits = isinstance(value, tuple) and count in ("some", len(value)) and all(
+                map(limits.allow, value))
+            wanted = f"{count} values, each {limits}"
+        if not fits:
+            raise ValueError(f"{named(name)} {value!r}: must be {wanted}")
 
 
 def limits_of(kind):

@@ -23,7 +23,7 @@ import tyro
 
 import adavid
 import kernels
-from adavid import AVDConfig, Beta, FrameInterpolator, NotNegative
+from adavid import AVDConfig, Decay, FrameInterpolator, NotNegative
 from runtime import cli
 from runtime.data import Prefetch, Toy, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics, rank
@@ -84,7 +84,7 @@ class Distill(Flags):
     """use the videos of the student's update for all critic updates of the cycle: faster"""
     lora: cli.Rank = 0
     """rank of LoRA adapters on one shared, frozen base; 0 trains whole models"""
-    ema: Beta = 0.0
+    ema: Decay = 0.0
     """decay of an average of the student's weights, which is then what is saved; 0 for none"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype to compute in: auto is bfloat16 for Wan on a GPU that has it, from NVIDIA or AMD, and
@@ -250,7 +250,8 @@ def distill(args):
 
             if pictures and run.picture_due(cycle):
                 metrics |= pictures.write(run.picture(cycle), sample)
-            motion.watch(run, cycle, run.log(cycle, metrics, fetch.waited))
+            metrics = run.log(cycle, metrics, fetch.waited)  # means over the ranks
+            motion.watch(run, cycle, metrics)
             run.save(cycle)
 
     save_student(averaged or models.student, args.out, {
@@ -267,7 +268,7 @@ def update_student(models, optimizer, cache, batches, rollout_step, accumulate, 
     The videos are a list with (x0, text, generators) of each batch. The critic's update on them
     draws on from these generators.
     """
-    values, videos = defaultdict(list), []
+    batch_values, videos = defaultdict(list), []
     for real, text, generators in batches:
         noise = adavid.draw(torch.randn, real.shape, real, generators)
         x0 = adavid.backward_simulation(models.student, noise, text, rollout_step, config,
@@ -285,9 +286,9 @@ def update_student(models, optimizer, cache, batches, rollout_step, accumulate, 
                       "weight": weight}
         parts["data_variance"] = kernels.temporal_variance(real).mean()
         for name, value in parts.items():
-            values[name].append(value)
+            batch_values[name].append(value.view(-1))
         videos.append((x0.detach(), text, generators))
-    values = {name: torch.cat([part.view(-1) for part in parts]) for name, parts in values.items()}
+    values = {name: torch.cat(parts) for name, parts in batch_values.items()}
 
     metrics = {name: x.mean().item() for name, x in values.items() if name != "reg_step"}
     norm = clip_and_step(models.student, [optimizer], config.grad_clip, metrics["loss"])
@@ -341,7 +342,7 @@ class Motion:
         self.shares = deque(maxlen=window)
 
     def watch(self, run, cycle, metrics):
-        if None not in (metrics["variance"], metrics["data_variance"]):  # as if it was not finite
+        if None not in (metrics["variance"], metrics["data_variance"]):  # None: not finite
             self.shares.append(metrics["variance"] / max(metrics["data_variance"], 1e-9))
         share = sum(self.shares) / self.shares.maxlen
         if share < 0.5 and len(self.shares) == self.shares.maxlen:

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 import adavid
 import kernels
-from adavid import AnyNumber, AVDConfig, Decay, Limits, NotNegative
+from adavid import AnyNumber, AVDConfig, Fraction, Limits, NotNegative
 from runtime import cli
 from runtime.data import Prefetch, open_data, sample_indices
 from runtime.distributed import init_distributed, mean_metrics
@@ -58,7 +58,7 @@ class BaselineConfig(AVDConfig):
     """LCM, DCM, discrete rCM: intervals between noise levels (N), shifted by `shift`"""
     huber: Annotated[float, Limits(1e-15, 1e30)] = 0.001
     """LCM, DCM: width of the rounded tip of the pseudo-Huber loss (c)"""
-    target_ema: Decay = 0.95
+    target_ema: Fraction = 0.95
     """LCM: decay of the target, an average of the student's weights (mu)"""
     split: cli.Count = 35
     """DCM: index of the level below which the detail expert takes over (kappa): there, the
@@ -81,7 +81,7 @@ class BaselineConfig(AVDConfig):
     time_mean: AnyNumber = 0.72
     """rCM: random noise levels are sigmoid(time_mean + time_std z): -0.8 + log(21 frames) / 2"""
     time_std: NotNegative = 1.6
-    share: Decay = 0.5
+    share: Fraction = 0.5
     """DFD: share of the samples for which the teacher looks at a real video"""
 
     def __post_init__(self):
