@@ -2,7 +2,6 @@
 # CONTRIBUTING.md has the same commands for systems without make.
 
 PYTHON ?= python3
-DIR ?= Wan2.1-T2V-1.3B
 RUN = .venv/bin/python
 PIP = $(RUN) -m pip install -q --no-compile -c constraints.txt
 # Compiling all packages takes a minute. Python compiles those that are imported, and keeps the result.
@@ -37,11 +36,8 @@ bench: .venv/all  ## count and time what things cost; writes docs/costs.md
 bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB of disk)
 	$(RUN) -m tests.full_size
 
-gpu-check: .venv/all  ## test and time the code on your GPU; prints one block to paste
-	$(RUN) -m tools.gpu_check
-
-wan-check: .venv/all  ## try the real Wan2.1 in the folder DIR on your GPU; prints one block to paste
-	$(RUN) -m tools.wan_check --model $(DIR)
+gpu-check: .venv/all  ## test and time the code on your GPU, with DIR= also the real Wan2.1 there
+	$(RUN) -m tools.gpu_check $(if $(DIR),--model $(DIR))
 
 weights: .venv/core  ## train the toy's teacher, interpolator and student again
 	$(RUN) -m experiments.teacher --out runs/teacher --compile --score-prompts 512
@@ -63,4 +59,4 @@ clean:  ## delete .venv and all runs
 	$(PIP) -e ".[test]"
 	touch $@
 
-.PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check wan-check weights clean
+.PHONY: help demo test test-long torture torture-ranks ablation bench bench-1.3b gpu-check weights clean

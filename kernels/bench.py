@@ -109,22 +109,30 @@ def compile_all():
                 yield {"target": name, "kernel": kernel.name} | machine_code(kernel)
 
 
-def forward_and_backward(function, inputs):
+def passes(function, inputs):
+    """{"forward", "backward" or "both": a function that runs it}."""
     out = function(*inputs)
-    torch.autograd.grad(out, inputs, torch.empty_like(out))
+    backward = partial(torch.autograd.grad, out, inputs, torch.empty_like(out), retain_graph=True)
+
+    def both():
+        out = function(*inputs)
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
+
+    return {"forward": partial(function, *inputs), "backward": backward, "both": both}
 
 
 def bytes_moved(operation, inputs):
-    """The least that forward and backward can move: each reads or writes its tensors once."""
+    """The least that each pass can move: it reads or writes each of its tensors once."""
     out = getattr(fused, operation)(*inputs)
     saved = out.grad_fn.saved_tensors  # inputs, and what forward writes for backward
-    forward = {x.data_ptr(): x.nbytes for x in (*inputs, *saved, out)}
-    backward = [x.nbytes for x in (*saved, out, *inputs)]  # a gradient is as large as its tensor
-    return sum(forward.values()) + sum(backward)
+    forward = sum({x.data_ptr(): x.nbytes for x in (*inputs, *saved, out)}.values())
+    # A gradient is as large as its tensor.
+    backward = sum(x.nbytes for x in (*saved, out, *inputs))
+    return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
 def time_all():
-    """Milliseconds of forward and backward, and the speed as a share of a plain copy's."""
+    """Milliseconds of forward, backward and both, and the speed as a share of a plain copy's."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source))
@@ -135,9 +143,10 @@ def time_all():
             moved = bytes_moved(operation, inputs)
             inductor = torch.compile(eager, dynamic=False)
             for way, function in {"eager": eager, "compile": inductor, "triton": kernel}.items():
-                ms = triton.testing.do_bench(partial(forward_and_backward, function, inputs))
-                yield {"operation": operation, "size": size, "way": way, "ms": ms,
-                       "of_copy": moved / ms / copy}
+                for name, run in passes(function, inputs).items():
+                    ms = triton.testing.do_bench(run)
+                    yield {"operation": operation, "size": size, "way": way, "pass": name,
+                           "ms": ms, "of_copy": moved[name] / ms / copy}
 
 
 def printed(rows):

@@ -20,7 +20,7 @@ from tests.torture.random_numbers import try_numbers, without_limits
 from tests.torture.readers import ADAPTER, READERS, Reader
 from tiny_wan import ToyCodec, checkpoint
 from tiny_wan.checkpoint import FILE
-from tools import demo, encode, export, plan, wan_check
+from tools import demo, encode, export, gpu_check, plan
 
 # ---------------------------------------------------------------------------------------------
 # What breaks a file: each returns a function that is called in the working folder
@@ -310,7 +310,7 @@ def test_a_package_that_is_not_installed_is_named(inputs, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("program", [train.Interpolator, train.Distill, sample.Sample,
                                      encode.Encode, plan.Distill, demo.Demo, export.Export,
-                                     wan_check.WanCheck, AVDConfig])
+                                     gpu_check.Check, AVDConfig])
 def test_every_number_has_limits(program):
     assert not without_limits(program)
 

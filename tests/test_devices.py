@@ -7,7 +7,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from runtime import cli, distributed, pictures, run
 from runtime.checkpoints import find_not_finite
 from tests.helpers import ROOT, complaint, distill, torchrun
 from tiny_wan import PRESETS, WanModel
-from tools import gpu_check
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
@@ -349,26 +347,3 @@ def test_a_tensor_that_is_not_finite_is_found_with_one_wait_for_each_device(valu
     with Waits() as waits:
         assert find_not_finite({"model": model}) == (None if value is None else "model.b")
     assert waits.count == 0
-
-
-# --- the check of a GPU ------------------------------------------------------------------------
-
-def test_the_gpu_check_without_triton_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "import_error", ModuleNotFoundError(name="triton"))
-    monkeypatch.setattr(kernels.sys, "platform", "win32")
-    assert "pip install triton-windows" in complaint(capsys, gpu_check.main([]))
-
-
-def test_the_gpu_check_works_in_a_folder_with_spaces(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("triton")
-    folder, commands = tmp_path / "Ann Lee", []
-    folder.mkdir()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(gpu_check.tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda words, **_: commands.append(
-        words) or subprocess.CompletedProcess(words, 1, ""))
-    assert gpu_check.main([]) == 1
-    out = commands[-1][commands[-1].index("--out") + 1]
-    assert Path(out).parent == folder

@@ -231,6 +231,6 @@ def test_benchmarks_count_the_bytes_that_must_move(bench):
     with bench.compile_only(bench.TARGETS["sm_90"]):
         counted = [bench.bytes_moved(*each) for each in (variance, frames)]
     x, mean, out = 16 * 21 * 6240 * 4, 16 * 6240 * 4, 4
-    assert counted[0] == 3 * x + 2 * mean + 2 * out
+    assert counted[0]["both"] == 3 * x + 2 * mean + 2 * out
     x0, blend, residual = 16 * 11 * 6240 * 4, 10 * 6240 * 4, 16 * 10 * 6240 * 4
-    assert counted[1] == 3 * x0 + 3 * blend + 2 * residual + 2 * x
+    assert counted[1]["both"] == 3 * x0 + 3 * blend + 2 * residual + 2 * x

@@ -2,7 +2,7 @@
 
 FLOPs are those of matrix products, convolutions and attention. A multiplication and an addition are
 two. `shape` is that of the video's latents at the full frame rate, `(c, f, h, w)`. `tools.plan`,
-`tools.wan_check` and `experiments.bench` compute with these functions. `count_flops` counts what
+`tools.gpu_check` and `experiments.bench` compute with these functions. `count_flops` counts what
 runs.
 """
 
