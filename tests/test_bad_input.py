@@ -256,7 +256,6 @@ BAD_INPUT = {
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.full((32, 2), INF)})),
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.zeros(64, 2), DOWN: torch.zeros(2, 32)})),
         *((f"{ADAPTER} {key}", edit_tensors(ADAPTER, {key: torch.zeros(32)})) for key in (
-            "diffusion_model.blocks.0.ffn.2.diff_b", "diffusion_model.blocks.0.norm3.diff",
             "diffusion_model.blocks.0.ffn.2.dora_scale", "lora_unet_blocks_0_img_q.alpha")),
         *((ADAPTER, edit_tensors(ADAPTER, {}, lora_adapter_metadata=settings)) for settings in (
             "{", '{"lora_alpha": "x"}', '{"alpha_pattern": 1}', '{"alpha_pattern": {"(": 1}}')),
