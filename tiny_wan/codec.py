@@ -325,7 +325,7 @@ def load_text_encoder(path, dtype=None):
     """UMT5's encoder, from a folder of transformers or a file of the original code."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    if path.is_dir():
+    if path.suffix != ".pth":
         return complete(*UMT5EncoderModel.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True))
     original = checkpoint.read_pth(path)
@@ -352,7 +352,7 @@ def load_vae(path):
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    if path.is_dir():
+    if path.suffix != ".pth":
         checkpoint.read_json(path / "config.json")  # diffusers would look on the hub for a string
         return complete(*AutoencoderKLWan.from_pretrained(
             path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True))
