@@ -19,7 +19,7 @@ from tests.helpers import CLIP, ROOT, complaint, equal
 from tiny_wan import WanConfig, WanModel, checkpoint
 from tiny_wan.checkpoint import FILE
 from tiny_wan.dialects import diffusers_name
-from tools import export
+from tools import export, plan
 
 G = torch.Generator().manual_seed(0)
 X, T = torch.randn(1, 16, 2, 4, 6, generator=G), torch.tensor([522.0])
@@ -274,6 +274,8 @@ def latents(wan, out, *flags):
 def test_a_student_with_styles_keeps_its_steps_in_sample_and_export(
         student_and_style, wan, tmp_path, capsys):
     student, style = student_and_style
+    assert plan.main(["sample", "--model", str(student), "--lora", str(style)]) == 0
+    assert "student, steps at strides 1 1, 1.000 of that" in capsys.readouterr().out
     loras = ["--lora", style, style, "--lora-scale", 1, -0.25]
     wanted = latents(wan, tmp_path / "a", "--model", student, *loras)
     assert f"timesteps 1000 500, strides 1 1, no guidance (from {student})" in (
