@@ -108,6 +108,11 @@ def check_out(out, inputs, replaced=()):
                          f"another folder, or delete it")
 
 
+def check_run_out(out, inputs, results):
+    """`check_out` for a training run, which may replace its own results when it is resumed."""
+    check_out(out, inputs, () if (out / "checkpoints").exists() else results)
+
+
 class Models(NamedTuple):
     """The models of a distillation. Without an interpolator, all steps are at the full rate."""
 
@@ -120,8 +125,7 @@ class Models(NamedTuple):
 def check_fit(out, teacher, student, data):
     """ValueError unless the folder `out`, both models' files and the data fit together."""
     load_config(teacher)  # raises the error that `main` ignored
-    resumed = (out / "checkpoints").exists()  # then what is there is this run's own
-    check_out(out, [teacher, student, getattr(data, "folder", None)], () if resumed else [
+    check_run_out(out, [teacher, student, getattr(data, "folder", None)], [
         *checkpoint.find_written(out), out / LORA_FILE, out / "interpolator.safetensors"])
     if rank() == 0:
         for model in {teacher, student}:

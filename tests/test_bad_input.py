@@ -204,6 +204,8 @@ BAD_INPUT = {
         ("sharded missing", index_without_a_shard),
     ],
     "train": [
+        ("x/interpolator.safetensors replaced", "interpolator --out x --device cpu",
+         write("x/interpolator.safetensors", b"somebody's")),
         ("--out", "distill"),
         ("mps", "interpolator --out out --device mps") if torch.cuda.is_available() else
         ("cuda", "interpolator --out out --device cuda"),
@@ -222,6 +224,8 @@ BAD_INPUT = {
         ("toy 12 16", "--model @diffusers"),
         ("--out toy", "--out toy"),
         ("out", write("out", b"")),
+        *((f"--out out {name} replaced", write(f"out/{name}", b"somebody's")) for name in (
+            FILE, "pytorch_lora_weights.safetensors", "interpolator.safetensors")),
         *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
             ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
             ("lr 'x'", '{"lr": "x"}'), ("betas", '{"betas": 1}'),

@@ -11,6 +11,7 @@ kernels' tests and times. It prints one block to paste, and keeps all pictures i
 import gc
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -90,6 +91,7 @@ def run(args):
     lines = [f"{platform.system()}, torch {torch.__version__}, {device.type}"
              + (f", {torch.cuda.get_device_name()}" if device.type == "cuda" else "")]
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "merged", ignore_errors=True)  # an earlier one, as exports replace nothing
     for name, words in stages.items():
         seconds, peak = measure(words, out / f"{name}.log", device)
         line = f"{name}: {seconds / 60:.1f} min ({minutes.get(name, 0):.1f} planned)"
