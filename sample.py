@@ -129,7 +129,7 @@ def run(args):
         if interpolator is None and config.strides[0] > 1:
             print("note: no interpolator.safetensors beside the model or its LoRA, so all steps "
                   "are full rate")
-    print(describe(args, config, numbers.source, interpolator))
+    print(describe(args, config, numbers, interpolator))
     codec = open_codec(args.model, architecture, args.codec, device=device, dtype=dtype,
                        vae_dtype=getattr(torch, args.vae_dtype))
     shape = codec.latent_shape(args.frames, args.height, args.width,
@@ -171,8 +171,9 @@ def run(args):
                     solver=codec.solver)
             else:
                 latents = adavid.sample(counted, noise, text, config, interpolator, generator)
+            latents = latents.cpu()
         check_finite("the latents", latents)
-        return latents.cpu()
+        return latents
 
     names, rows, kept = list(file_names(titles)), [], []
     captions = "".join(json.dumps({"video": name, "caption": prompt}) + "\n"
@@ -183,7 +184,8 @@ def run(args):
                                       args.videos_per_prompt):
             with watch("decode and write"):
                 videos = codec.decode(latents).cpu()
-                (args.out / "captions.jsonl").write_text(captions, encoding="utf-8")
+                if not rows:  # not earlier, as a video that is not finite leaves no file
+                    (args.out / "captions.jsonl").write_text(captions, encoding="utf-8")
                 for video in videos:
                     write_video(next(paths), video, codec.fps)
                     if len(rows) < SHOWN:
@@ -208,16 +210,16 @@ def choose_steps(args, config):
                    guidance_scale=guidance)
 
 
-def describe(args, config, source, interpolator):
+def describe(args, config, numbers, interpolator):
     """A line: the steps, strides and guidance of this run, and where they come from."""
-    stored = f"from {source}" if source else f"the paper's, as {args.model} stores none"
+    stored = f"from {numbers.source}" if numbers.source else "the paper's, as no file stores any"
     if args.teacher:
         by = "from --guidance-scale" if args.guidance_scale is not None else stored
         return (f"teacher: {args.steps} steps at shift {args.shift:g}, guidance "
                 f"{config.guidance_scale:g} ({by})")
     strides = config.strides if interpolator else (1,) * len(config.timesteps)
-    by = "from --timesteps" if args.timesteps else stored if source else (
-        f"{stored}; give others with --timesteps, and --teacher if it is not distilled")
+    by = "from --timesteps" if args.timesteps else stored if numbers.distilled else (
+        f"{stored}; give others with --timesteps, or use --teacher if this is no student")
     return (f"student: timesteps {' '.join(f'{t:g}' for t in config.timesteps)}, strides "
             f"{' '.join(map(str, strides))}, no guidance ({by})")
 

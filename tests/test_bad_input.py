@@ -136,6 +136,7 @@ BAD_INPUT = {
         (f"{WAN} blocks.1.", edit_json(CONFIG, num_layers=1)),
         ("diffusers num_heads 7 48", edit_json(CONFIG, num_attention_heads=7)),
         (f"{CONFIG} JSON", write(CONFIG, b"{")),
+        (f"{PIPELINE} git-lfs", write(PIPELINE, ODD_FILES["git-lfs"])),
         (f"{CONFIG} i2v", edit_json(CONFIG, _class_name="WanModel", model_type="i2v")),
         ("diffusers 48 channels", lambda: miniature_wan.transformer(
             in_channels=48, out_channels=48).save_pretrained("diffusers/transformer")),

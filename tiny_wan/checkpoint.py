@@ -104,10 +104,8 @@ def refuse_two_experts(path):
 
 def find_files(path):
     """`weight_files`, by the index, the usual name, complete shards, or as the only weights."""
-    if SHARD.fullmatch(path.name) and path.is_file():
-        path = path.parent
     if path.is_file():
-        return [path]
+        return shards_with(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder{on_the_hub(path)}")
     if (path / INDEX).is_file():
@@ -116,22 +114,27 @@ def find_files(path):
         return [path / FILE]
     there = sorted(file for file in path.iterdir() if file.is_file()
                    and file.suffix in SUFFIXES and not COMPANIONS.fullmatch(file.name))
-    if shard := next(filter(None, (SHARD.fullmatch(file.name) for file in there)), None):
-        stem, _, count, suffix = shard.groups()
-        files = [path / f"{stem}-{i:05}-of-{count}{suffix}" for i in range(1, int(count) + 1)]
-        if missing := [file for file in files if file not in there]:
-            raise FileNotFoundError(f"{missing[0]}: no such file, but there are other shards; "
-                                    f"{AGAIN}")
-        if parts := list(path.glob("*.part")):  # some shards may be old and some new
-            raise ValueError(f"{parts[0]}: not whole, so neither are the shards beside it")
-        return files
-    if len(there) == 1:  # a ComfyUI file can have any name
+    if there and {*there} == {*shards_with(there[0])}:  # they can have any name
         return there
     names = ", ".join(file.name for file in there[:4])
     raise FileNotFoundError(
         f"{path}: holds several files ({names}); name one of them" if there else
         f"{path / FILE}: no such file; a model is a folder with config.json and {FILE} (or all its "
         f"shards), or one safetensors file")
+
+
+def shards_with(file):
+    """The shards that a file is one of, or the file alone. They must all be there."""
+    shard = SHARD.fullmatch(file.name)
+    if shard is None:
+        return [file]
+    stem, _, count, suffix = shard.groups()
+    files = [file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    if missing := [shard for shard in files if not shard.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no such file, but there are other shards; {AGAIN}")
+    if parts := list(file.parent.glob("*.part")):  # some shards may be old and some new
+        raise ValueError(f"{parts[0]}: not whole, so neither are the shards beside it")
+    return files
 
 
 def on_the_hub(path):
@@ -188,6 +191,7 @@ def read_json(file, text=None):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        refuse_other_files(file)
         raise FileError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise FileError(f"{file}: not a JSON object")
@@ -220,8 +224,8 @@ def read_pth(file):
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
-            raise FileError(f"{file}: holds a Python object ({found[1]}), which could run code; "
-                            f"only files with tensors alone are read") from None
+            raise FileError(f"{file}: holds a Python object ({found[1]}), which could run code, so "
+                            f"it is not read; save its tensors alone to a new file") from None
         raise FileError(f"{file}: damaged or cut off; {AGAIN}") from None
 
 
@@ -353,7 +357,7 @@ def is_finite(tensor):
 
 def is_blank(tensor):
     """Whether a matrix holds zeros alone, as an unfinished download leaves it."""
-    return tensor.ndim > 1 and not tensor.any()
+    return tensor.ndim > 1 and not tensor[(0,) * tensor.ndim] and not tensor.any()
 
 
 def naming(shapes):

@@ -30,7 +30,7 @@ PREFIXES = re.compile(
     r"((state_dict|base_model|model|diffusion_model|transformer|pipe|dit|net|generator|student)\."
     r"|lora_(unet|transformer)_+)*")
 AVERAGES = "generator_ema", "ema_model", "model_ema", "ema"  # over a training's steps
-TRAINED_BESIDE = re.compile(r"[^.]*(optim|sched|critic|fake_score|discriminator)")
+TRAINED_BESIDE = re.compile(r"[^.]*(optim|sched|critic|fake_score|real_score|discriminator)")
 
 # How a LoRA's key ends after the layer's name, what it holds, and for which of the layer's
 # parameters. The name of an adapter may stand before `.weight`.
