@@ -167,8 +167,10 @@ def read_changes(path, model):
     parameters = {name: p.shape for name, p in model.named_parameters()}
     if what := explain([place.name for place in places.values()], OTHER_KINDS):
         raise ValueError(f"{file}: {what}")
-    if places.keys() & {*parameters, *map(diffusers_name, parameters)}:
-        raise ValueError(f"{file}: {A_MODEL}")
+    if places and not any(split_key(key)[1] for key in places):
+        raise ValueError(f"{file}: {A_MODEL}" if places.keys() & {
+            *parameters, *map(diffusers_name, parameters)} else
+            f"{file}: no LoRA of Wan; its keys are like {next(iter(places))}")
     names = {name.replace(".", "_"): original for original in parameters
              for name in (original, diffusers_name(original))}
     layers = defaultdict(dict)

@@ -144,8 +144,9 @@ BAD_INPUT = {
             ("transformer_2", lambda: Path("diffusers/transformer_2").mkdir()),
             ("transformer_2", edit_json(PIPELINE, transformer_2=["diffusers", "WanModel"])),
             ("boundary_ratio", edit_json(PIPELINE, boundary_ratio=0.9)))),
-        ("high_noise", "--model wan2.2_high_noise.safetensors", lambda: shutil.copy(
-            WAN, "wan2.2_high_noise.safetensors")),
+        *((f"{name} {what}", f"--model {name}", lambda name=name: shutil.copy(WAN, name))
+          for name, what in (("wan2.2_t2v_high_noise_14B.safetensors", "experts"),
+                             ("Wan2_2-T2V-A14B-HIGH.safetensors", "Wan2.2"))),
         (f"{WAN} 36 image-to-video", lambda: miniature_wan.transformer(
             in_channels=36).save_pretrained("diffusers/transformer")),
         *((f"{WAN} {kind} {name}", edit_tensors(WAN, {name: torch.ones(size)}))
@@ -321,6 +322,9 @@ BAD_INPUT = {
             ("experts", "transformer_2.blocks.0.ffn.2.lora_A.weight"),
             ("lacks", "blocks.77.ffn.2.lora_A.weight"), ("understood", "blocks.0.ffn.2.odd"),
             ("twice", "diffusion_model.blocks.0.ffn.2.lora_down.weight"))),
+        (f"{ADAPTER} x.y LoRA", write(ADAPTER, save({"x.y": torch.ones(2)}))),
+        (f"{ADAPTER} head.head.weight understood", edit_tensors(
+            ADAPTER, {"base_model.model.head.head.weight": torch.ones(48, 32)})),
         (f"{ADAPTER} LOHA", write("adapter_config.json", b'{"peft_type": "LOHA"}')),
         (f"{ADAPTER} quantised", edit_tensors(ADAPTER, {UP: torch.ones(32, 2).to(F8)})),
         (f"toy/{FILE} model --model", "--lora @toy"),

@@ -86,7 +86,7 @@ OTHER_PARTS = (  # the same, where a model is wanted
 EXPERTS = "transformer_2", "high_noise_model", "low_noise_model"  # folders
 FILE_NAMES = (  # what only the name of a file says, as its tensors are those of Wan2.1
     (r"(?i)(high|low)[-_ ]?noise", TWO_EXPERTS),
-    (r"(?i)wan[-_ ]?2[._]2", f"for Wan2.2 by its name; {ONLY}"),
+    (r"(?i)wan[-_ ]?2[._-]?2(?!\d)", f"for Wan2.2 by its name; {ONLY}"),
 )
 CHANNELS = {36: "image-to-video", 48: "Wan2.2-TI2V-5B, or video control"}  # a transformer takes
 
