@@ -18,12 +18,13 @@ import tyro
 from tqdm import tqdm
 
 import adavid
-from adavid import AnyNumber, Positive
+from adavid import AnyNumber, Positive, Stride, Timestep
 from runtime import cli
-from runtime.lora import load_merged
+from runtime.lora import check_loras, load_merged
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
-from runtime.models import load_config, load_interpolator
+from runtime.models import check_out, find_numbers, load_interpolator
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
+from tiny_wan.codec import check_finite
 
 SHOWN = 16  # rows of the contact sheet
 LONGEST = 10_000  # characters of a prompt
@@ -46,7 +47,7 @@ class Sample:
     """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file; by
     default the toy's student, or its teacher with --teacher"""
     lora: tuple[Path, ...] = ()
-    """LoRA files to add to the model, such as a distilled one and a style"""
+    """LoRAs to add to the model, such as a distilled one and a style: files, or their folders"""
     lora_scale: tuple[AnyNumber, ...] = ()
     """the weight of each LoRA; by default 1"""
     codec: Path | None = None
@@ -61,6 +62,11 @@ class Sample:
     """in pixels; by default 832 for Wan and 16 for the toy"""
     seed: cli.Seed = 0
     """of the noise; video i has seed + i in any batch"""
+    timesteps: tuple[Timestep, ...] = ()
+    """of a student's steps, such as 1000 937.5 833.3 625; by default those that are stored with the
+    student or its LoRA, else the paper's. Give them for a student of another project"""
+    strides: tuple[Stride, ...] = ()
+    """frame stride of each of these steps; by default the stored ones, or 1 with --timesteps"""
     full_rate: bool = False
     """run every step at the full frame rate, without the interpolator"""
     teacher: bool = False
@@ -104,29 +110,26 @@ def run(args):
     if len(titles) != len(prompts):
         raise ValueError(f"{args.names_file}: has {len(titles)} names for {len(prompts)} prompts")
 
-    # The model's tensors are checked now, on the meta device, as the text encoder takes minutes.
-    # The weights are loaded afterwards, when the text encoder has freed its memory.
     scales = args.lora_scale or (1.0,) * len(args.lora)
     if len(scales) != len(args.lora):
         raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
-    # The numbers of the method are stored where the student was: in a LoRA, or in the model.
-    numbers_file = next((file for file in args.lora if "avd" in checkpoint.read_metadata(file)),
-                        args.model)
-    config = load_config(numbers_file)
-    architecture = WanModel.from_pretrained(args.model, device="meta").config
+    check_out(args.out, [args.model, *args.lora, args.codec])
+    # All tensors are checked now, on the meta device, as the text encoder takes minutes. The
+    # weights are loaded afterwards, when the text encoder has freed its memory.
+    model = WanModel.from_pretrained(args.model, device="meta")
+    architecture = model.config
     dtype = cli.pick_dtype(args.dtype, device, architecture)
     cli.announce(device, dtype, args.device)
-    if args.guidance_scale is not None:
-        config = replace(config, guidance_scale=args.guidance_scale)
+    check_loras(args.lora, model)
+    numbers = find_numbers(args.model, args.lora)
+    config = choose_steps(args, numbers.config)
     interpolator = None
-    if not args.teacher:
-        interpolator = None if args.full_rate else load_interpolator(
-            args.model, device, *args.lora)
-        if interpolator is None and not args.full_rate and config.strides[0] > 1:
+    if not (args.teacher or args.full_rate):
+        interpolator = load_interpolator(args.model, device, *args.lora)
+        if interpolator is None and config.strides[0] > 1:
             print("note: no interpolator.safetensors beside the model or its LoRA, so all steps "
                   "are full rate")
-        if "method" not in checkpoint.read_metadata(numbers_file):
-            print("note: this model does not seem to be distilled; use --teacher for a teacher")
+    print(describe(args, config, numbers, interpolator))
     codec = open_codec(args.model, architecture, args.codec, device=device, dtype=dtype,
                        vae_dtype=getattr(torch, args.vae_dtype))
     shape = codec.latent_shape(args.frames, args.height, args.width,
@@ -162,22 +165,28 @@ def run(args):
         noise, text = noise.to(device), text.to(device)
         with watch("denoise"):
             if args.teacher:
-                return adavid.sample_teacher(
+                latents = adavid.sample_teacher(
                     counted, noise, text, null_text, steps=args.steps,
                     guidance_scale=config.guidance_scale, shift=args.shift,
-                    solver=codec.solver).cpu()
-            return adavid.sample(counted, noise, text, config, interpolator, generator).cpu()
+                    solver=codec.solver)
+            else:
+                latents = adavid.sample(counted, noise, text, config, interpolator, generator)
+            latents = latents.cpu()
+        check_finite("the latents", latents)
+        return latents
 
     names, rows, kept = list(file_names(titles)), [], []
-    (args.out / "captions.jsonl").write_text("".join(
-        json.dumps({"video": name, "caption": prompt}) + "\n"
-        for name, prompt in zip(names, prompts)), encoding="utf-8")
+    captions = "".join(json.dumps({"video": name, "caption": prompt}) + "\n"
+                       for name, prompt in zip(names, prompts))
     paths = (args.out / name for name in names)
     with bar:
         for latents in sample_batches(sampler, text, shape, args.seed, batch_size,
                                       args.videos_per_prompt):
             with watch("decode and write"):
-                for video in codec.decode(latents).cpu():
+                videos = codec.decode(latents).cpu()
+                if not rows:  # not earlier, as a video that is not finite leaves no file
+                    (args.out / "captions.jsonl").write_text(captions, encoding="utf-8")
+                for video in videos:
                     write_video(next(paths), video, codec.fps)
                     if len(rows) < SHOWN:
                         rows.append(thumbnails(video))
@@ -188,6 +197,31 @@ def run(args):
         checkpoint.write_files({args.out / "latents.safetensors": {"latents": torch.cat(kept)}})
     print(watch)
     print(f"{len(prompts)} videos and contact_sheet.png are in {args.out}")
+
+
+def choose_steps(args, config):
+    """The stored numbers, or those of the flags. ValueError if they do not fit together."""
+    if args.teacher and (args.timesteps or args.strides):
+        raise ValueError("--timesteps and --strides are a student's; --teacher has --steps")
+    timesteps = args.timesteps or config.timesteps
+    strides = args.strides or ((1,) * len(timesteps) if args.timesteps else config.strides)
+    guidance = config.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    return replace(config, timesteps=timesteps, strides=strides, train_strides=strides,
+                   guidance_scale=guidance)
+
+
+def describe(args, config, numbers, interpolator):
+    """A line: the steps, strides and guidance of this run, and where they come from."""
+    stored = f"from {numbers.source}" if numbers.source else "the paper's, as no file stores any"
+    if args.teacher:
+        by = "from --guidance-scale" if args.guidance_scale is not None else stored
+        return (f"teacher: {args.steps} steps at shift {args.shift:g}, guidance "
+                f"{config.guidance_scale:g} ({by})")
+    strides = config.strides if interpolator else (1,) * len(config.timesteps)
+    by = "from --timesteps" if args.timesteps else stored if numbers.distilled else (
+        f"{stored}; give others with --timesteps, or use --teacher if this is no student")
+    return (f"student: timesteps {' '.join(f'{t:g}' for t in config.timesteps)}, strides "
+            f"{' '.join(map(str, strides))}, no guidance ({by})")
 
 
 def read_prompts(path):

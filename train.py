@@ -30,6 +30,8 @@ from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
 from runtime.models import (
     check_fit,
+    check_out,
+    check_run_out,
     default_config,
     load_adapters,
     load_models,
@@ -130,6 +132,7 @@ def main(argv=None):
 
 def train_interpolator(args):
     device, data = init_distributed(args.device), open_data(args.data, args.seed)
+    check_run_out(args.out, [args.data], [args.out / "interpolator.safetensors"])
     cli.announce(device, None, args.device)
     if not data.has_videos:
         raise ValueError(f"{args.data}: holds no videos, and an interpolator needs them")
@@ -353,6 +356,7 @@ class Motion:
 def check_flags(args, data, student_path):
     """ValueError unless the flags, the models and the data fit together."""
     check_fit(args.out, args.model, student_path, data)
+    check_out(args.out, [args.codec])
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
     if args.avd.lambda_reg and not data.has_videos:

@@ -1,14 +1,14 @@
 """Loading models with what belongs to them (the method's numbers, the interpolator); saving one."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import adavid
 from runtime.distributed import apply_fsdp, full_tensor, rank, world_size
+from runtime.lora import FILE as LORA_FILE
 from runtime.lora import add_adapters, rate_factor
 from tiny_wan import WanConfig, WanModel, checkpoint
 
@@ -21,6 +21,37 @@ def load_config(path):
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{checkpoint.named(path)}: the method's numbers in its metadata are "
                          f"wrong ({error})") from None
+
+
+class Numbers(NamedTuple):
+    """The method's numbers for a model with LoRAs, and where they come from."""
+
+    config: adavid.AVDConfig
+    source: Path | None  # None if no file has any: they are the paper's
+    distilled: bool  # whether one of the files is known to be distilled
+
+
+def find_numbers(model, loras=()):
+    """The method's Numbers: the model's, unless a LoRA was distilled with its own.
+
+    Notes say if several of the files are distilled, and if an average of the weights is read.
+    """
+    note_average(model)
+    headers = {file: checkpoint.read_metadata(file) for file in (*loras, model)}
+    source = next((file for file, header in headers.items() if "avd" in header), None)
+    students = [str(file) for file, header in headers.items() if "method" in header]
+    if len(students) > 1:
+        print(f"note: {' and '.join(students)} are all distilled; has one been added to another "
+              f"already?")
+    return Numbers(load_config(source or model), source, bool(students))
+
+
+def note_average(model):
+    """Print which of a training's weights are read, if the file holds several."""
+    file = checkpoint.weight_files(model)[0]
+    with checkpoint.open_weights(file) as weights:
+        if name := checkpoint.find_average(weights.keys()):
+            print(f"note: {file}: its {name} is read, a running average of the weights")
 
 
 def default_config(model, lora=0):
@@ -43,18 +74,43 @@ def load_interpolator(path, device, *loras):
     file = find_interpolator(*loras, path)
     if file is None:
         return None
+    with checkpoint.open_weights(file) as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}
     try:
-        tensors = load_file(file)
         width, inputs = tensors["enter.0.weight"].shape[:2]
         with torch.device("meta"):  # a damaged file must not allocate memory
             interpolator = adavid.FrameInterpolator(inputs // 2, width)
         interpolator.load_state_dict(tensors, assign=True)
         sound = all(p.isfinite().all() for p in interpolator.parameters())
-    except (SafetensorError, KeyError, RuntimeError, ValueError):
+    except (KeyError, RuntimeError, ValueError):
         sound = False
     if not sound or interpolator.out.out_channels - 1 != checkpoint.read_config(path)["out_dim"]:
         raise ValueError(f"{file}: damaged, or not a frame interpolator for this model")
     return interpolator.to(device).requires_grad_(False)
+
+
+def check_out(out, inputs, replaced=()):
+    """ValueError if a command would write to an input's folder, or over a file that is there.
+
+    out: the folder or the file of its flag --out.
+    inputs: paths of models, LoRAs and other folders that it reads; None is left out.
+    replaced: files and folders that it would write, or delete.
+    """
+    folder = (out.parent if out.suffix == ".safetensors" else out).resolve()
+    for path in filter(None, inputs):
+        own = path if path.is_dir() else path.parent
+        if folder in {p.resolve() for p in (own, checkpoint.home(path),
+                                            checkpoint.model_folder(own))}:
+            raise ValueError(f"--out {out} would write to the folder of {path}, which is read; "
+                             f"choose another")
+    if there := [file for file in replaced if file.exists()]:
+        raise ValueError(f"--out {out}: {there[0]} is there already and would be replaced; choose "
+                         f"another folder, or delete it")
+
+
+def check_run_out(out, inputs, results):
+    """`check_out` for a training run, which may replace its own results when it is resumed."""
+    check_out(out, inputs, () if (out / "checkpoints").exists() else results)
 
 
 class Models(NamedTuple):
@@ -69,8 +125,11 @@ class Models(NamedTuple):
 def check_fit(out, teacher, student, data):
     """ValueError unless the folder `out`, both models' files and the data fit together."""
     load_config(teacher)  # raises the error that `main` ignored
-    if out.resolve() == checkpoint.home(teacher).resolve():
-        raise ValueError(f"--out {out} is the teacher's own folder; choose another")
+    check_run_out(out, [teacher, student, getattr(data, "folder", None)], [
+        *checkpoint.find_written(out), out / LORA_FILE, out / "interpolator.safetensors"])
+    if rank() == 0:
+        for model in {teacher, student}:
+            note_average(model)
     there = data.latent_shape[0], data.null_text.shape[-1]
     for model in (teacher, student):
         takes = WanConfig.from_pretrained(model)

@@ -40,7 +40,10 @@ def delete(pattern):
 
 
 def write(file, content):
-    return lambda: Path(file).write_bytes(content)
+    def breaks():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_bytes(content)
+    return breaks
 
 
 def cut(pattern, size=100):
@@ -92,7 +95,13 @@ SHARD = "shards/shard.safetensors"
 WEIGHTS_INDEX = f"sharded/{FILE}.index.json"
 CHECKPOINT = "run/checkpoints/000001"
 SUMS = f"{CHECKPOINT}/checksums-0.json"
-UP, DOWN = (f"transformer.blocks.0.ffn.net.2.lora_{part}.weight" for part in "BA")
+PIPELINE, MATRIX = "diffusers/model_index.json", "blocks.0.attn1.to_q.weight"
+F8 = torch.float8_e4m3fn
+ODD_FILES = {  # what the line must say, and what a file holds in place of weights
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64,
+    "zeros": b"\0" * 1000, "empty": b"", "GGUF": b"GGUF\x03\0\0\0" + b"\0" * 100,
+    "page": b"<!DOCTYPE html><html>", "damaged": b"PK\x03\x04" + b"x" * 100}
+UP, DOWN = (f"diffusion_model.blocks.0.ffn.2.lora_{part}.weight" for part in "BA")
 
 BAD_INPUT = {
     "sample nothing": [("prompts",)],
@@ -127,9 +136,41 @@ BAD_INPUT = {
         (f"{WAN} blocks.1.", edit_json(CONFIG, num_layers=1)),
         ("diffusers num_heads 7 48", edit_json(CONFIG, num_attention_heads=7)),
         (f"{CONFIG} JSON", write(CONFIG, b"{")),
+        (f"{PIPELINE} git-lfs", write(PIPELINE, ODD_FILES["git-lfs"])),
         (f"{CONFIG} i2v", edit_json(CONFIG, _class_name="WanModel", model_type="i2v")),
         ("diffusers 48 channels", lambda: miniature_wan.transformer(
             in_channels=48, out_channels=48).save_pretrained("diffusers/transformer")),
+        *((f"diffusers experts {name}", breaks) for name, breaks in (
+            ("transformer_2", lambda: Path("diffusers/transformer_2").mkdir()),
+            ("transformer_2", edit_json(PIPELINE, transformer_2=["diffusers", "WanModel"])),
+            ("boundary_ratio", edit_json(PIPELINE, boundary_ratio=0.9)))),
+        *((f"{name} {what}", f"--model {name}", lambda name=name: shutil.copy(WAN, name))
+          for name, what in (("wan2.2_t2v_high_noise_14B.safetensors", "experts"),
+                             ("Wan2_2-T2V-A14B-HIGH.safetensors", "Wan2.2"))),
+        (f"{WAN} 36 image-to-video", lambda: miniature_wan.transformer(
+            in_channels=36).save_pretrained("diffusers/transformer")),
+        *((f"{WAN} {kind} {name}", edit_tensors(WAN, {name: torch.ones(size)}))
+          for kind, name, size in (
+            ("image-to-video", "condition_embedder.image_embedder.norm1.bias", 4),
+            ("VACE", "vace_blocks.0.proj_in.bias", 4), ("quantised", "scaled_fp8", 0),
+            ("quantised", "blocks.0.attn1.to_q.scale_weight", 1))),
+        (f"{WAN} quantised float8", edit_tensors(WAN, {HEAD: torch.ones(64).to(F8)})),
+        (f"{WAN} LoRA --lora", write(WAN, save({"blocks.0.x.lora_A.weight": torch.ones(2, 2)}))),
+        (f"{WAN} VAE", write(WAN, save({"encoder.conv1.weight": torch.ones(2, 2)}))),
+        (f"{WAN} zeros '{MATRIX}'", edit_tensors(WAN, {MATRIX: torch.zeros(48, 48)})),
+        (f"{WAN} 'model.{HEAD}' '{HEAD}' prefixes", edit_tensors(
+            WAN, {f"model.{HEAD}": torch.ones(64)})),
+        *((f"{file} {what}", write(file, content)) for file in (WAN, VAE, TEXT_ENCODER)
+          for what, content in ODD_FILES.items()),
+        ("Wan-AI/Wan2.1 hf download", "--model Wan-AI/Wan2.1"),
+        ("hub/Wan2.1 hf download", "--codec hub/Wan2.1"),
+        ("several x.safetensors y.safetensors", "--model .", write("x.safetensors", b"x"),
+         write("y.safetensors", b"y")),
+        ("latents finite", edit_tensors(
+            WAN, {"blocks.0.ffn.net.2.weight": torch.full((48, 96), 1e30)})),
+        ("pixels finite", edit_json("diffusers/vae/config.json", latents_std=[1e38] * 16)),
+        ("--timesteps --teacher", "--teacher --timesteps 1000"),
+        ("--out diffusers/vae", "--out diffusers/vae --codec diffusers/vae"),
         ("diffusers/text_encoder", cut(TEXT_ENCODER)),
         (f"diffusers/text_encoder '{NORM}'", edit_tensors(TEXT_ENCODER, {NORM: None})),
         (f"diffusers/text_encoder '{NORM}' finite",
@@ -147,8 +188,13 @@ BAD_INPUT = {
     "sample original": [
         ("original VAE --codec", delete(VAE_PTH)),
         (VAE_PTH, cut(VAE_PTH)),
-        (VAE_PTH, lambda: torch.save({"a": json.JSONDecoder}, VAE_PTH)),
+        (f"{VAE_PTH} json.decoder.JSONDecoder", lambda: torch.save(
+            {"a": json.JSONDecoder}, VAE_PTH)),
         (TOKENIZER, cut(f"{TOKENIZER}/tokenizer.json")),
+        (f"{TOKENIZER} tokenizer.json format", delete(f"{TOKENIZER}/tokenizer.json")),
+        (f"{TOKENIZER} Unigram", edit_json(f"{TOKENIZER}/tokenizer.json", model={"type": "BPE"})),
+        (f"{VAE_PTH} folder", delete(VAE_PTH), lambda: Path(VAE_PTH).mkdir()),
+        *((f"{VAE_PTH} {what}", write(VAE_PTH, content)) for what, content in ODD_FILES.items()),
         (f"{TOKENIZER} 304 200", lambda: miniature_wan.T5Tokenizer(
             extra_ids=300).save_pretrained(TOKENIZER)),
     ],
@@ -160,6 +206,8 @@ BAD_INPUT = {
         ("sharded missing", index_without_a_shard),
     ],
     "train": [
+        ("x/interpolator.safetensors replaced", "interpolator --out x --device cpu",
+         write("x/interpolator.safetensors", b"somebody's")),
         ("--out", "distill"),
         ("mps", "interpolator --out out --device mps") if torch.cuda.is_available() else
         ("cuda", "interpolator --out out --device cuda"),
@@ -178,6 +226,8 @@ BAD_INPUT = {
         ("toy 12 16", "--model @diffusers"),
         ("--out toy", "--out toy"),
         ("out", write("out", b"")),
+        *((f"--out out {name} replaced", write(f"out/{name}", b"somebody's")) for name in (
+            FILE, "pytorch_lora_weights.safetensors", "interpolator.safetensors")),
         *((f"{TOY} {names}", edit_tensors(TOY, {}, avd=numbers)) for names, numbers in (
             ("'foo'", '{"foo": 1}'), ("list", "[1]"), ("", "{bad"), ("k -3", '{"k": -3}'),
             ("lr 'x'", '{"lr": "x"}'), ("betas", '{"betas": 1}'),
@@ -244,6 +294,13 @@ BAD_INPUT = {
     "export": [
         ("toy", "--out toy --layout original"),
         ("toy/wan.safetensors", "--out toy/wan.safetensors --layout comfyui"),
+        *((f"out {file} replaced", write(file, b"somebody's"), "--out out") for file in (
+            f"out/transformer/{FILE}", "out/transformer/config.json",
+            "out/scheduler/scheduler_config.json", "out/interpolator.safetensors")),
+        ("a.safetensors replaced", write("a.safetensors", b"somebody's"),
+         "--layout comfyui --out a.safetensors"),
+        ("out/pytorch_lora_weights.safetensors", "--base @toy --lora-rank 2",
+         write("out/pytorch_lora_weights.safetensors", b"somebody's")),
         *((f"--lora-rank {flag}", f"--base @toy --lora-rank 2 {flag} {value}") for flag, value in (
             ("--layout", "diffusers"), ("--dtype", "bfloat16"), ("--lora", "toy"))),
     ],
@@ -256,8 +313,25 @@ BAD_INPUT = {
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.full((32, 2), INF)})),
         (ADAPTER, edit_tensors(ADAPTER, {UP: torch.zeros(64, 2), DOWN: torch.zeros(2, 32)})),
         *((f"{ADAPTER} {key}", edit_tensors(ADAPTER, {key: torch.zeros(32)})) for key in (
-            "diffusion_model.blocks.0.ffn.2.diff_b", "diffusion_model.blocks.0.norm3.diff",
             "diffusion_model.blocks.0.ffn.2.dora_scale", "lora_unet_blocks_0_img_q.alpha")),
+        *((f"{ADAPTER} {kind} {key}", edit_tensors(ADAPTER, {key: torch.ones(2, 2)}))
+          for kind, key in (
+            ("LoKr", "blocks.0.ffn.2.lokr_w1"), ("LoHa", "lora_unet_blocks_0_ffn_2.hada_w1_a"),
+            ("DoRA", "base_model.model.blocks.0.ffn.2.lora_magnitude_vector.weight"),
+            ("image-to-video", "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight"),
+            ("experts", "transformer_2.blocks.0.ffn.2.lora_A.weight"),
+            ("lacks", "blocks.77.ffn.2.lora_A.weight"), ("understood", "blocks.0.ffn.2.odd"),
+            ("twice", "diffusion_model.blocks.0.ffn.2.lora_down.weight"))),
+        (f"{ADAPTER} x.y LoRA", write(ADAPTER, save({"x.y": torch.ones(2)}))),
+        (f"{ADAPTER} head.head.weight understood", edit_tensors(
+            ADAPTER, {"base_model.model.head.head.weight": torch.ones(48, 32)})),
+        (f"{ADAPTER} LOHA", write("adapter_config.json", b'{"peft_type": "LOHA"}')),
+        (f"{ADAPTER} quantised", edit_tensors(ADAPTER, {UP: torch.ones(32, 2).to(F8)})),
+        (f"toy/{FILE} model --model", "--lora @toy"),
+        *((f"{ADAPTER} {what}", write(ADAPTER, content)) for what, content in ODD_FILES.items()),
+        ("not finite --lora-scale", "--lora-scale 1e30",
+         edit_tensors(ADAPTER, {UP: torch.full((32, 2), 1e30)})),
+        ("2 weights for 1 LoRA", "--lora-scale 1 2"),
         *((ADAPTER, edit_tensors(ADAPTER, {}, lora_adapter_metadata=settings)) for settings in (
             "{", '{"lora_alpha": "x"}', '{"alpha_pattern": 1}', '{"alpha_pattern": {"(": 1}}')),
     ],

@@ -198,7 +198,7 @@ def test_exports_in_every_layout_sample_like_the_student(student, wan, tmp_path)
     save_file(adavid.FrameInterpolator(16, width=8).state_dict(),
               student / "interpolator.safetensors")
     args = ["--codec", wan, PROMPT, "--frames", "17", "--height", "32", "--width", "32"]
-    wanted = latents(tmp_path / "student", "--model", student, *args)
+    wanted = latents(tmp_path / "wanted", "--model", student, *args)
     for layout in checkpoint.LAYOUTS:
         exported = tmp_path / layout
         assert export.main(["--model", str(student), "--out", str(exported),

@@ -5,56 +5,57 @@ diffusers   the same files, with Diffusers' names for tensors and settings; in t
             pipeline they are in transformer/
 comfyui     one safetensors file with the original names, often with a prefix
 
+Files of torch.save are read too, with tensors alone. dialects.py knows the names that others use.
 No file can make this module run code.
 """
 
 import json
 import os
+import pickle
 import re
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tiny_wan.dialects import (
+    AGAIN,
+    AVERAGES,
+    BLANK,
+    CHANNELS,
+    DIFFUSERS_SETTINGS,
+    EXPERTS,
+    FILE_NAMES,
+    FIRST_BYTES,
+    ONLY,
+    OTHER_KINDS,
+    OTHER_PARTS,
+    QUANTISED,
+    TRAINED_BESIDE,
+    diffusers_name,
+    explain,
+    unwrap,
+)
+
 LAYOUTS = ("original", "diffusers", "comfyui")
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = FILE + ".index.json"
+OURS = re.compile(FILE.replace(".", r"(-\d{5}-of-\d{5})?\.") + r"(\.index\.json)?|config\.json")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+MAY_BE_BLANK = re.compile(r"^head\.|modulation")  # before a model is trained
+SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf"}
+COMPANIONS = re.compile(  # weights beside a model that are not its own
+    r"(interpolator|latents)\.safetensors|Wan2\.\d_VAE\.pth|models_(t5|clip)_.*|"
+    r"(optimizer|scheduler|rng_state|training_args).*")
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 COMFYUI_PREFIX = "model.diffusion_model."
 SHARD_BYTES = 5 * 10**9
 MAX_TEXT_BYTES = 10**8
 MAX_SETTING = 2**16  # so that a damaged config.json cannot ask for terabytes of memory
-
-DIFFUSERS_NAMES = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "self_attn": "attn1", "cross_attn": "attn2",
-    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
-    "norm2": "norm3", "norm3": "norm2",  # Diffusers numbers them in order of use
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
-    "head.head": "proj_out", "head.modulation": "scale_shift_table",
-    "modulation": "scale_shift_table",
-}
-DIFFUSERS_SETTINGS = {
-    "in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads",
-    **{name: name for name in ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size",
-                               "eps")}}
-
-
-def rename(name, table):
-    """Replace the dotted parts of a name that are keys of the table, all in one pass."""
-    parts = "|".join(map(re.escape, table))
-    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda match: table[match[0]], name)
-
-
-def diffusers_name(name):
-    """Diffusers' name of a tensor, given the original one."""
-    return rename(name, DIFFUSERS_NAMES)
-
 
 # ---------------------------------------------------------------------------------------------
 # Reading
@@ -77,32 +78,87 @@ def home(path):
 
 
 def weight_files(path):
-    """The safetensors files of the model at `path`, a folder or one of these files.
+    """The files of the weights at `path`: a model's or a LoRA's folder, or one of these files.
 
-    FileNotFoundError names a missing file, ValueError a wrong index.
+    FileNotFoundError names a missing file. ValueError names a wrong index, or what else it is.
     """
-    path = model_folder(path)
-    index = path / INDEX
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{index}: has no weight_map")
-        files = []
-        for name in sorted(set(map(str, names.values()))):
-            if Path(name).name != name:
-                raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
-            if not os.path.isfile(path / name):  # Path.is_file raises if the name is too long
-                raise FileNotFoundError(f"{path / name}: no such file, but {index.name} lists it")
-            files.append(path / name)
-        return files
-    file = path / FILE if path.is_dir() else path
-    if path.is_dir() and not file.is_file():  # a ComfyUI file can have any name
-        found = [f for f in path.glob("*.safetensors") if f.name != "interpolator.safetensors"]
-        file = found[0] if len(found) == 1 else file
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a model is a folder with config.json and "
-                                f"{FILE} (or all its shards), or one safetensors file")
-    return [file]
+    refuse_two_experts(path)
+    files = find_files(model_folder(path))
+    for file in files:
+        if what := explain([file.name], FILE_NAMES):
+            raise ValueError(f"{file}: {what}")
+    return files
+
+
+def refuse_two_experts(path):
+    """ValueError if the model at `path` is, or lies beside, one of Wan2.2's two experts."""
+    folder = home(path)
+    index = folder / "model_index.json"
+    parts = read_json(index) if index.is_file() else {}
+    found = [name for name in EXPERTS if folder.name == name or (folder / name).is_dir()
+             or parts.get(name) not in (None, [None, None])]
+    found += ["boundary_ratio"] if parts.get("boundary_ratio") is not None else []
+    if found:
+        raise ValueError(f"{path}: a Wan2.2 model of two experts ({', '.join(found)}); {ONLY}")
+
+
+def find_files(path):
+    """`weight_files`, by the index, the usual name, complete shards, or as the only weights."""
+    if path.is_file():
+        return shards_with(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder{on_the_hub(path)}")
+    if (path / INDEX).is_file():
+        return files_of_index(path / INDEX)
+    if (path / FILE).is_file():
+        return [path / FILE]
+    there = sorted(file for file in path.iterdir() if file.is_file()
+                   and file.suffix in SUFFIXES and not COMPANIONS.fullmatch(file.name))
+    if there and {*there} == {*shards_with(there[0])}:  # they can have any name
+        return there
+    names = ", ".join(file.name for file in there[:4])
+    raise FileNotFoundError(
+        f"{path}: holds several files ({names}); name one of them" if there else
+        f"{path / FILE}: no such file; a model is a folder with config.json and {FILE} (or all its "
+        f"shards), or one safetensors file")
+
+
+def shards_with(file):
+    """The shards that a file is one of, or the file alone. They must all be there."""
+    shard = SHARD.fullmatch(file.name)
+    if shard is None:
+        return [file]
+    stem, _, count, suffix = shard.groups()
+    files = [file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    if missing := [shard for shard in files if not shard.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no such file, but there are other shards; {AGAIN}")
+    if parts := list(file.parent.glob("*.part")):  # some shards may be old and some new
+        raise ValueError(f"{parts[0]}: not whole, so neither are the shards beside it")
+    return files
+
+
+def on_the_hub(path):
+    """How to download what may be the name of a repository, else nothing."""
+    owner, *rest = Path(path).parts
+    if len(rest) != 1 or Path(owner).exists() or Path(path).is_absolute():
+        return ""
+    return (f"; if it is on Hugging Face's hub: hf download {path} --local-dir {rest[0]}, and then "
+            f"give {rest[0]}")
+
+
+def files_of_index(index):
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: has no weight_map")
+    files = []
+    for name in sorted(set(map(str, names.values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+        file = index.parent / name
+        if not os.path.isfile(file):  # Path.is_file raises if the name is too long
+            raise FileNotFoundError(f"{file}: no such file, but {index.name} lists it")
+        files.append(file)
+    return files
 
 
 def named(path):
@@ -111,41 +167,120 @@ def named(path):
     return files[0] if len(files) == 1 else files[0].parent
 
 
+class FileError(ValueError):
+    """A file is damaged, or not what is wanted. The message names it, or a tensor in it."""
+
+
 def read_text(file, most=MAX_TEXT_BYTES):
-    """The text in a UTF-8 file. ValueError if it is no file, too large, or not UTF-8."""
+    """The text in a UTF-8 file. FileError if it is no file, too large, or not UTF-8."""
     if file.exists() and not file.is_file():  # a folder, a device or a pipe, which may never end
-        raise ValueError(f"{file}: not a file")
+        raise FileError(f"{file}: not a file")
     with open(file, "rb") as opened:
         content = opened.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"{file}: has more than {most} bytes, too many for a text here")
+        raise FileError(f"{file}: has more than {most} bytes, too many for a text here")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: not a text file in UTF-8") from None
+        raise FileError(f"{file}: not a text file in UTF-8") from None
 
 
 def read_json(file, text=None):
-    """The JSON object in `file`, or in a `text` out of that file. ValueError if there is none."""
+    """The JSON object in `file`, or in a `text` out of that file. FileError if there is none."""
     text = read_text(file) if text is None else text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
+        refuse_other_files(file)
+        raise FileError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: not a JSON object")
+        raise FileError(f"{file}: not a JSON object")
     return value
 
 
-def open_weights(file):
-    """A safetensors file, opened to read tensor by tensor. ValueError if it is damaged."""
+def refuse_other_files(file):
+    """FileError unless a file may hold weights, by its first bytes."""
+    if Path(file).is_dir():
+        raise FileError(f"{file}: a folder, where a file is wanted")
+    with open(file, "rb") as opened:
+        first = opened.read(64)
+    for pattern, what in FIRST_BYTES:
+        if re.match(pattern, first):
+            raise FileError(f"{file}: {what}")
+    return first
+
+
+def read_pth(file):
+    """What torch.save has written to a file, memory-mapped if its format allows it.
+
+    FileError if it is damaged, or holds anything else than tensors and plain containers of them.
+    """
+    refuse_other_files(file)
     try:
-        weights = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        return torch.load(file, map_location="cpu", weights_only=True,
+                          mmap=zipfile.is_zipfile(file))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise FileError(f"{file}: holds a Python object ({found[1]}), which could run code, so "
+                            f"it is not read; save its tensors alone to a new file") from None
+        raise FileError(f"{file}: damaged or cut off; {AGAIN}") from None
+
+
+class Pickled:
+    """The tensors in a file of torch.save, with the methods of safetensors' `safe_open`.
+
+    Those of a dict inside a dict have its key before their own.
+    """
+
+    def __init__(self, file):
+        self.tensors = dict(self.flatten(read_pth(file)))
+
+    @classmethod
+    def flatten(cls, tree, prefix=""):
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}{name}", value
+            yield from cls.flatten(value, f"{prefix}{name}.")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def keys(self):
+        return self.tensors.keys()
+
+    def get_tensor(self, name):
+        return self.tensors[name]
+
+    def get_slice(self, name):
+        return SimpleNamespace(get_shape=lambda: self.tensors[name].shape)
+
+    def metadata(self):
+        return {}
+
+
+def open_weights(file):
+    """A file of safetensors or of torch.save, opened to read tensor by tensor.
+
+    FileError if it is damaged, or another kind of file.
+    """
+    first = refuse_other_files(file)
+    if first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[8:9] != b"{"):
+        weights = Pickled(file)
+    else:
+        try:
+            weights = safe_open(file, framework="pt")
+        except SafetensorError:
+            raise FileError(f"{file}: not a whole safetensors file: damaged, cut off, or of "
+                            f"another format; {AGAIN}") from None
     for name in weights.keys():
         if 0 in weights.get_slice(name).get_shape():
-            raise ValueError(f"{file}: {name!r} is empty")
+            raise FileError(f"{file}: " + (explain([name], OTHER_KINDS) or f"{name!r} is empty"))
     return weights
 
 
@@ -155,15 +290,74 @@ def read_metadata(path):
         return weights.metadata() or {}
 
 
-def read_shapes(path):
-    """{name: shape} of a model's tensors. Names are the file's, without ComfyUI's prefix."""
-    shapes = {}
+class Place(NamedTuple):
+    """Where a tensor is, and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple
+
+
+def find_average(names):
+    """The prefix of a running average, if a file also has one of the weights it is of."""
+    tops = {name.partition(".")[0] for name in names}
+    return next((name for name in AVERAGES if name in tops), None)
+
+
+def read_places(path):
+    """{name: Place} of the tensors at `path`, by their names without wrappers and prefixes.
+
+    Of a training's weights and their running average, it is the average; its optimizers and critic
+    are left out. ValueError if two tensors have one name.
+    """
+    places = {}
     for file in weight_files(path):
         with open_weights(file) as weights:
-            for name in weights.keys():
-                shapes[name.removeprefix(COMFYUI_PREFIX)] = tuple(
-                    weights.get_slice(name).get_shape())
-    return shapes
+            names = list(weights.keys())
+            top = find_average(names)
+            for name in names:
+                if top and not name.startswith(f"{top}.") or TRAINED_BESIDE.match(name):
+                    continue
+                plain = unwrap(name.removeprefix(f"{top}."))
+                if plain in places:
+                    raise ValueError(f"{file}: {places[plain].name!r} and {name!r} have the same "
+                                     f"name but for their prefixes; keep one of them")
+                places[plain] = Place(file, name, tuple(weights.get_slice(name).get_shape()))
+    return places
+
+
+def read_shapes(path):
+    """{name: shape} of the tensors at `path`. Names are the file's, without wrappers' prefixes."""
+    return {name: place.shape for name, place in read_places(path).items()}
+
+
+def read_tensors(places):
+    """Yield the name and the tensor of each of these {name: Place}.
+
+    Each tensor of safetensors is mapped by itself, so that its pages can leave memory with it.
+    ValueError if it is of a wrong dtype, or not finite.
+    """
+    weights = {file: open_weights(file) for file in {place.file for place in places.values()}}
+    for name, (file, key, _) in places.items():
+        opened = weights[file]
+        tensor = (opened if isinstance(opened, Pickled)
+                  else safe_open(file, framework="pt")).get_tensor(key)
+        if tensor.dtype not in DTYPES:
+            small = tensor.dtype.itemsize == 1
+            raise ValueError(f"{file}: {key!r} is {tensor.dtype}, " + (
+                QUANTISED if small else f"not one of {DTYPES}"))
+        if not is_finite(tensor):
+            raise ValueError(f"{file}: {key!r} is not finite")
+        yield name, tensor
+
+
+def is_finite(tensor):
+    return tensor.detach().sum(dtype=torch.float32).isfinite().item()
+
+
+def is_blank(tensor):
+    """Whether a matrix holds zeros alone, as an unfinished download leaves it."""
+    return tensor.ndim > 1 and not tensor[(0,) * tensor.ndim] and not tensor.any()
 
 
 def naming(shapes):
@@ -180,14 +374,16 @@ def read_settings(path):
     """
     settings = read_json(named(path), read_metadata(path).get("config", "{}"))
     folder = model_folder(path)
-    file = (folder.parent if folder.name == FILE else folder) / "config.json"
-    if not file.is_file():
+    # A config.json beside a file belongs to it, unless a model with the usual name is there too.
+    own = folder.is_dir() or folder.name == FILE or not (folder.parent / FILE).exists()
+    file = (folder if folder.is_dir() else folder.parent) / "config.json"
+    if not own or not file.is_file():
         return settings, named(path)
     settings |= read_json(file)
     kind = settings.get("_class_name", "WanModel"), settings.get("model_type", "t2v")
     if kind not in (("WanModel", "t2v"), ("WanTransformer3DModel", "t2v")):
         raise ValueError(f"{file}: a {' '.join(map(str, kind))} is not Wan's text-to-video "
-                         f"transformer")
+                         f"transformer; {ONLY}")
     return settings | {name: settings[theirs] for name, theirs in DIFFUSERS_SETTINGS.items()
                        if theirs in settings}, file
 
@@ -200,6 +396,9 @@ def read_config(path):
     """
     shapes = read_shapes(path)
     name_in_file = naming(shapes)
+    whole = "patch_embedding.weight" in shapes
+    if what := explain(shapes, OTHER_KINDS + (() if whole else OTHER_PARTS)):
+        raise ValueError(f"{named(path)}: {what}")
 
     def shape(name, ndim=2):
         found = shapes.get(name_in_file(name), ())
@@ -209,6 +408,9 @@ def read_config(path):
         return found
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight", 5)
+    if in_dim in CHANNELS:
+        raise ValueError(f"{named(path)}: takes {in_dim} channels, as for {CHANNELS[in_dim]}; "
+                         f"{ONLY}")
     from_shapes = {
         "dim": dim, "ffn_dim": shape("blocks.0.ffn.0.weight")[0], "in_dim": in_dim,
         "out_dim": shape("head.head.weight")[0] // torch.Size(patch_size).numel(),
@@ -219,6 +421,9 @@ def read_config(path):
               "num_layers": blocks, "text_len": 512, "eps": 1e-6}
 
     settings, file = read_settings(path)
+    if "num_heads" not in settings and dim % 128:
+        raise ValueError(f"{named(path)}: does not store its number of heads; put the model's "
+                         f"config.json beside it")
     for name, value in settings.items():
         value = tuple(value) if isinstance(value, list) else value
         if name in from_shapes and value != from_shapes[name]:
@@ -238,29 +443,25 @@ def read_weights(path, expected, convert):
     """{name: convert(name, tensor)} for all `expected` {name: shape}, by the original names.
 
     Tensors are memory-mapped until they are converted. ValueError names those that are missing,
-    unknown or of another shape, and those with numbers that are not finite.
+    unknown or of another shape, and those with wrong numbers.
     """
-    shapes = read_shapes(path)
-    name_in_file = naming(shapes)
+    places = read_places(path)
+    name_in_file = naming(places)
     original_name = {name_in_file(name): name for name in expected}
-    wrong = [f"{n!r} is missing" for n in original_name if n not in shapes]
-    wrong += [f"{n!r} has no place in this model" for n in shapes if n not in original_name]
-    wrong += [f"{n!r} is {list(shapes[n])}, but must be {list(expected[original_name[n]])}"
-              for n in original_name if n in shapes and shapes[n] != expected[original_name[n]]]
+    wrong = [f"{n!r} is missing" for n in original_name if n not in places]
+    wrong += [f"{n!r} has no place in this model" for n in places if n not in original_name]
+    wrong += [f"{n!r} is {list(places[n].shape)}, but must be {list(expected[original_name[n]])}"
+              for n in original_name
+              if n in places and places[n].shape != expected[original_name[n]]]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{named(path)}: tensor {'; '.join(wrong[:3])}{more}")
     tensors = {}
-    for file in weight_files(path):
-        with open_weights(file) as weights:
-            for key in weights.keys():
-                tensor = weights.get_tensor(key)
-                if tensor.dtype not in DTYPES:
-                    raise ValueError(f"{file}: {key!r} is {tensor.dtype}, not one of {DTYPES}")
-                if not tensor.sum(dtype=torch.float32).isfinite():
-                    raise ValueError(f"{file}: {key!r} is not finite")
-                name = original_name[key.removeprefix(COMFYUI_PREFIX)]
-                tensors[name] = convert(name, tensor)
+    for key, tensor in read_tensors(places):
+        name = original_name[key]
+        if is_blank(tensor) and not MAY_BE_BLANK.search(name):
+            raise ValueError(f"{places[key].file}: {places[key].name!r} is {BLANK}")
+        tensors[name] = convert(name, tensor)
     return tensors
 
 
@@ -285,8 +486,7 @@ def write(path, config, tensors, layout="original", metadata=None):
     # With its config in the header, a file can also be read without config.json.
     header = {"format": "pt", "config": json.dumps(config)} | (metadata or {})
     if layout == "comfyui":
-        name = path.resolve().name
-        file = path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
+        file = comfyui_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_files({file: {COMFYUI_PREFIX + n: t for n, t in tensors.items()}}, header)
         return
@@ -302,14 +502,27 @@ def write(path, config, tensors, layout="original", metadata=None):
     shards = split_into_shards(tensors)
     names = [FILE] if len(shards) == 1 else [
         FILE.replace(".", f"-{i:05}-of-{len(shards):05}.") for i in range(1, len(shards) + 1)]
-    ours = re.compile(FILE.replace(".", r"(-\d{5}-of-\d{5})?\.") + r"(\.index\.json)?")
-    stale = [f for f in path.iterdir() if ours.fullmatch(f.name) and f.name not in names]
+    stale = [f for f in path.iterdir()
+             if OURS.fullmatch(f.name) and f.name not in (*names, "config.json")]
     write_files({path / name: shard for name, shard in zip(names, shards)}, header, stale)
     if len(shards) > 1:
         write_json(path / INDEX, {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
             "weight_map": {n: name for name, shard in zip(names, shards) for n in shard}})
     write_json(path / "config.json", settings)
+
+
+def comfyui_file(path):
+    """The file that `write` makes for ComfyUI."""
+    name = path.resolve().name
+    return path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
+
+
+def find_written(path, layout="original"):
+    """The files at `path` that `write` would replace or delete."""
+    if layout == "comfyui":
+        return [file for file in [comfyui_file(path)] if file.exists()]
+    return [file for file in path.glob("*") if OURS.fullmatch(file.name)]
 
 
 def split_into_shards(tensors):

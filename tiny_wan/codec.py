@@ -8,7 +8,6 @@ import gc
 import html
 import logging
 import re
-import zipfile
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from tiny_wan import checkpoint, world
+from tiny_wan.dialects import AGAIN, BLANK, rename
 
 
 class Codec:
@@ -89,6 +89,7 @@ class ToyCodec(Codec):
 
     def decode(self, latents):
         """Latents -> RGB videos, clamped to [0, 1]."""
+        check_finite("the latents", latents)
         video = rearrange(latents, "b (c p q) f h w -> b c f (h p) (w q)", p=2, q=2)
         return (video / 9 + 0.5).clamp(0, 1)
 
@@ -119,6 +120,8 @@ class WanCodec(Codec):
         self.parts = {}
         for part, names in self.NAMES.items():
             found = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
+            if not Path(folder).exists():
+                raise ValueError(f"{folder}: no such folder{checkpoint.on_the_hub(folder)}")
             if not found:
                 raise ValueError(f"{folder}: contains no {part} ({' or '.join(names)}); use "
                                  f"--codec to give a folder with all parts of Wan2.1")
@@ -142,11 +145,12 @@ class WanCodec(Codec):
         from transformers import AutoTokenizer
 
         with loading(self.parts["tokenizer"]):
+            check_tokenizer(self.parts["tokenizer"])
             tokenizer = AutoTokenizer.from_pretrained(
                 self.parts["tokenizer"], local_files_only=True, trust_remote_code=False)
         with loading(self.parts["text encoder"]):
             encoder = load_text_encoder(self.parts["text encoder"], self.dtype)
-            check_finite(encoder)
+            check_numbers(encoder)
         if len(tokenizer) > encoder.config.vocab_size:
             raise ValueError(f"{self.parts['tokenizer']}: has {len(tokenizer)} tokens, but the "
                              f"text encoder {encoder.config.vocab_size}; they do not fit together")
@@ -174,7 +178,7 @@ class WanCodec(Codec):
         with loading(self.parts["VAE"]):
             vae = load_vae(self.parts["VAE"]).requires_grad_(False)
             vae.to(self.device, self.vae_dtype)
-            check_finite(vae)
+            check_numbers(vae)
             # Of each latent channel, both `[16, 1, 1, 1]`.
             self.mean, self.std = (
                 torch.tensor(numbers, device=self.device).view(self.channels, 1, 1, 1)
@@ -191,9 +195,11 @@ class WanCodec(Codec):
     @torch.no_grad()
     def decode(self, latents):
         """Normalised latents -> RGB videos in [0, 1]. Decodes one at a time, to save memory."""
+        check_finite("the latents", latents)
         self.prepare()  # which loads the statistics as well
         videos = [self.run_vae("decode", x[None].to(self.device) * self.std + self.mean)
                   .sample.float() for x in latents.float()]
+        check_finite("the VAE's pixels", *videos)
         return (torch.cat(videos) / 2 + 0.5).clamp(0, 1)
 
     def run_vae(self, method, x):
@@ -207,6 +213,13 @@ class WanCodec(Codec):
         empty_cache()
         self.vae.enable_tiling()
         return self.run_vae(method, x)
+
+
+def check_finite(what, *tensors):
+    """ValueError unless all numbers are finite. As pixels, the others would be black or white."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{what} are not finite: numbers overflow in this dtype, or in these "
+                         f"weights; try float32 if it was bfloat16, and LoRAs at a lower scale")
 
 
 def is_toy(config):
@@ -248,35 +261,55 @@ def is_out_of_memory(error):
 
 @contextmanager
 def loading(path):
-    """A context in which any error of a library becomes a ValueError that names the file."""
+    """A context in which any error of a library becomes a ValueError that names the file.
+
+    The libraries' own words would advise what does not help here.
+    """
     logging.disable(logging.WARNING)  # the libraries would log twenty lines before they raise
     try:
+        for file in path.glob("*.safetensors") if path.is_dir() else ():
+            checkpoint.open_weights(file)
         yield
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, MemoryError):
         raise
+    except checkpoint.FileError as error:
+        named = str(path) in str(error)
+        raise ValueError(str(error) if named else f"{path}: {error}") from None
     except Exception as error:
-        raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path}: damaged, or not that of Wan2.1 ({type(error).__name__} while it "
+                         f"was loaded); {AGAIN}") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def complete(model, info):
-    """The model. ValueError if its file lacks tensors, which the libraries draw at random."""
+    """The model. FileError if its file lacks tensors, which the libraries draw at random."""
     if info["missing_keys"]:
-        raise ValueError(f"tensor {min(info['missing_keys'])!r} is missing")
+        raise checkpoint.FileError(f"tensor {min(info['missing_keys'])!r} is missing")
     return model
 
 
-def check_finite(model):
-    """ValueError names a tensor that is not finite. Unchecked, the inputs would seem at fault."""
+def check_numbers(model):
+    """FileError names a tensor of wrong numbers. Unchecked, the inputs would seem at fault."""
     for name, p in model.named_parameters():
-        if not p.detach().sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"tensor {name!r} is not finite")
+        if not checkpoint.is_finite(p):
+            raise checkpoint.FileError(f"tensor {name!r} is not finite")
+        if checkpoint.is_blank(p):
+            raise checkpoint.FileError(f"tensor {name!r} is {BLANK}")
 
 
-def read_pth(file):
-    """The tensors in a file of torch.save, memory-mapped if its format allows it."""
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+def check_tokenizer(folder):
+    """FileError unless a folder has UMT5's tokenizer, in the format that transformers reads."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise checkpoint.FileError("holds no tokenizer.json: a tokenizer in another format; take "
+                                   "Wan2.1's google/umt5-xxl or tokenizer")
+    checkpoint.refuse_other_files(file)
+    kind = checkpoint.read_json(file).get("model")
+    if not isinstance(kind, dict) or kind.get("type", "Unigram") != "Unigram":
+        raise checkpoint.FileError("not UMT5's tokenizer, whose tokenizer.json is of type Unigram")
 
 
 T5_NAMES = {  # from the original code's to those of transformers
@@ -292,11 +325,11 @@ def load_text_encoder(path, dtype=None):
     """UMT5's encoder, from a folder of transformers or a file of the original code."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    if path.is_dir():
+    if path.suffix != ".pth":
         return complete(*UMT5EncoderModel.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True))
-    original = read_pth(path)
-    tensors = {checkpoint.rename(name, T5_NAMES): tensor.to(dtype=dtype)
+    original = checkpoint.read_pth(path)
+    tensors = {rename(name, T5_NAMES): tensor.to(dtype=dtype)
                for name, tensor in original.items()}
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     buckets, heads = original["blocks.0.pos_embedding.embedding.weight"].shape
@@ -319,11 +352,11 @@ def load_vae(path):
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    if path.is_dir():
+    if path.suffix != ".pth":
         checkpoint.read_json(path / "config.json")  # diffusers would look on the hub for a string
         return complete(*AutoencoderKLWan.from_pretrained(
             path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True))
-    tensors = convert_wan_vae_to_diffusers(read_pth(path))
+    tensors = convert_wan_vae_to_diffusers(checkpoint.read_pth(path))
     with torch.device("meta"):
         vae = AutoencoderKLWan(base_dim=tensors["encoder.conv_in.weight"].shape[0],
                                z_dim=tensors["post_quant_conv.weight"].shape[0])

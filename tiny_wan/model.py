@@ -292,17 +292,20 @@ class WanModel(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None):
-        """The model in a folder or a safetensors file, in any layout of `checkpoint.py`.
+    def from_pretrained(cls, path, dtype=None, device=None, merge=None):
+        """The model in a folder or a file of weights, in any layout of `checkpoint.py`.
 
         dtype: of the weights; by default the file's own, and then they stay memory-mapped. If one
             is given, the time embedding, modulation and norms are still loaded in float32.
+        merge: a function from a parameter's name and value to the value that it is to have. One
+            value after the other is converted, so that memory holds the model once.
 
         Raises ValueError or FileNotFoundError, which name the file and the tensors at fault.
         """
         def convert(name, tensor):
-            precise = dtype is not None and KEPT_PRECISE.search(name)
-            return tensor.to(device, torch.float32 if precise else dtype)
+            precise = KEPT_PRECISE.search(name) and (dtype or merge)
+            kept = torch.float32 if precise else dtype or tensor.dtype
+            return (merge(name, tensor) if merge else tensor).to(device, kept)
 
         with torch.device("meta"):
             model = cls(WanConfig.from_pretrained(path))

@@ -13,6 +13,7 @@ import gc
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -402,6 +403,8 @@ def time_cycle(args, device, models):
 def real(name):
     """The stage that runs a command with the real weights, beside its planned minutes."""
     def stage(args, device):
+        if name == "merge":  # an earlier one, as exports replace nothing
+            shutil.rmtree(args.out / "merged", ignore_errors=True)
         seconds, lines = python(real_commands(args, device)[name], args.out / f"{name}.log")
         parts = real_plan(args).get(name, {})
         yield f"{seconds / 60:.1f} min ({sum(parts.values()) / 60:.1f} planned, without loading)"

@@ -13,6 +13,8 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,8 +23,10 @@ import torch
 import adavid
 from adavid import Limits, Positive
 from runtime import cli
+from runtime.models import find_numbers
 from runtime.page import fill, markdown
-from tiny_wan import PRESETS, ToyCodec, WanCodec, WanModel
+from tiny_wan import PRESETS, ToyCodec, WanCodec, WanConfig, WanModel
+from tiny_wan.codec import is_toy
 from tiny_wan.model import KEPT_PRECISE
 from tools import costs
 from tools.costs import PAGE, TF32, tokens
@@ -36,6 +40,9 @@ USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 class Plan:
     preset: Literal[tuple(PRESETS)] = "wan-1.3b"
     """architecture"""
+    model: Path | None = None
+    """a model whose architecture and numbers of the method are taken; by default the preset's
+    architecture and the paper's numbers"""
     frames: cli.Size | None = None
     """frames of the video; by default 81 for Wan and 9 for the toy"""
     height: cli.Size | None = None
@@ -73,6 +80,9 @@ class Distill(Plan):
 class Sample(Plan):
     """Sampling: FLOPs and seconds of the student, the teacher and the whole wait; the memory."""
 
+    lora: tuple[Path, ...] = ()
+    """with --model: its LoRAs, of which a distilled one has the numbers of the method"""
+
 
 @dataclass
 class Tables:
@@ -84,9 +94,26 @@ def main(argv=None):
     return cli.run(lambda args: programs[type(args)](args), Distill | Sample | Tables, argv)
 
 
-def cycle_flops(config, shape, lora=0, one_rollout=False):
+def architecture(args):
+    return WanConfig.from_pretrained(args.model) if args.model else PRESETS[args.preset]
+
+
+def numbers(args):
+    """The method's: those stored with --model and its LoRAs, as sample.py finds them."""
+    loras = args.lora if isinstance(args, Sample) else ()
+    if loras and not args.model:
+        raise ValueError("--lora needs the --model that it belongs to")
+    return stored_numbers(args.model, loras) if args.model else AVD
+
+
+@cache
+def stored_numbers(model, loras):
+    return find_numbers(model, loras).config
+
+
+def cycle_flops(config, shape, lora=0, one_rollout=False, numbers=None):
     """FLOPs of a training cycle for each video of a batch, with checkpointing."""
-    c, l = config, tokens(config, shape)
+    c, l, numbers = config, tokens(config, shape), numbers or AVD
     products, attention, rest = costs.forward_parts(c, shape)
     adapters = 2 * lora * c.num_layers * sum(
         rows * (i + o) for rows, i, o in costs.linear_layers(c, l))
@@ -104,9 +131,9 @@ def cycle_flops(config, shape, lora=0, one_rollout=False):
         backward += 2 * (products + rest)
     # Rollouts end at each step with equal probability. The student's update also takes forwards of
     # the critic, of the student on a real video, and two of the teacher.
-    rollouts = 1 if one_rollout else AVD.critic_updates
-    forwards = rollouts * (len(AVD.timesteps) + 1) / 2 + 2 + AVD.critic_updates
-    backwards = 2 + AVD.critic_updates
+    rollouts = 1 if one_rollout else max(1, numbers.critic_updates)
+    forwards = rollouts * (len(numbers.timesteps) + 1) / 2 + 2 + numbers.critic_updates
+    backwards = 2 + numbers.critic_updates
     return 2 * teacher + forwards * trained + backwards * backward
 
 
@@ -173,9 +200,10 @@ def parameters(module):
 
 def latent_shape(args):
     """Shape of a video's latents. ValueError if a size does not fit."""
-    codec = ToyCodec if args.preset == "tiny" else WanCodec
+    codec = ToyCodec if is_toy(architecture(args)) else WanCodec
     # The class is asked, not an instance, which would open Wan's files.
-    return codec.latent_shape(codec, args.frames, args.height, args.width, AVD.strides[0])
+    return codec.latent_shape(codec, args.frames, args.height, args.width,
+                              numbers(args).strides[0])
 
 
 def seconds(args, flops):
@@ -184,8 +212,8 @@ def seconds(args, flops):
 
 def introduce(args):
     """Print what is planned. Returns the architecture and the shape of a video's latents."""
-    config, shape = PRESETS[args.preset], latent_shape(args)
-    print(f"{args.preset}: {parameters(build(config)) / 1e9:.3f} billion parameters\n"
+    config, shape = architecture(args), latent_shape(args)
+    print(f"{args.model or args.preset}: {parameters(build(config)) / 1e9:.3f} billion parameters\n"
           f"a video: {' x '.join(map(str, shape))} latents, {tokens(config, shape):,} tokens\n"
           f"FLOPs and bytes are computed, not measured. Times assume {args.utilisation:.0%} of "
           f"{args.tflops:g} TFLOP/s.")
@@ -208,8 +236,8 @@ def plan_distill(args):
         **{name: size / 1e9 for name, size in parts.items()},
         f"in all: {fit} {args.memory:g} GB, with {1 - USABLE:.0%} left for CUDA": needed / 1e9})
     print_rows("Training", {
-        f"PFLOPs on each GPU in a cycle: 1 student and {AVD.critic_updates} critic updates":
-            flops / 1e15,
+        f"PFLOPs on each GPU in a cycle: 1 student and {numbers(args).critic_updates} critic "
+        f"updates": flops / 1e15,
         "seconds of a cycle": seconds(args, flops),
         "cycles, in which the student sees each video once": cycles,
         "hours, if no GPU waits for data or for another GPU": hours,
@@ -218,29 +246,29 @@ def plan_distill(args):
 
 def distillation(args):
     """Bytes on each GPU by component, FLOPs of a cycle on each, number of cycles, and hours."""
-    config, shape = PRESETS[args.preset], latent_shape(args)
+    config, shape = architecture(args), latent_shape(args)
     kept, peak = cycle_activations(config, shape, args.lora)
     parts = memory(config, args.gpus, args.lora) | {
         "activations kept for backward: inputs of blocks": args.batch_size * kept,
         "activations of one block, recomputed in backward": args.batch_size * (peak - kept)}
     videos = args.batch_size * args.accumulate
-    flops = videos * cycle_flops(config, shape, args.lora, args.one_rollout)
+    flops = videos * cycle_flops(config, shape, args.lora, args.one_rollout, numbers(args))
     cycles = math.ceil(args.videos / (args.gpus * videos))
     return parts, flops, cycles, cycles * seconds(args, flops) / 3600
 
 
 def plan_sample(args):
-    config, shape = introduce(args)
+    (config, shape), strides = introduce(args), numbers(args).strides
     forwards = {stride: args.batch_size * costs.forward_flops(config, shape, stride)
-                for stride in sorted({1, *AVD.strides})}
+                for stride in sorted({1, *strides})}
     full = forwards[1]
-    four = len(AVD.strides) * full
-    decoupled = sum(forwards[stride] for stride in AVD.strides)
+    four = len(strides) * full
+    decoupled = sum(forwards[stride] for stride in strides)
     rows = {f"a forward at frame stride {stride}: {tokens(config, shape, stride):,} tokens, "
             f"{flops / full:.2f} of the full rate": flops
             for stride, flops in forwards.items()} | {
         "student, all steps at the full rate": four,
-        f"student, steps at strides {' '.join(map(str, AVD.strides))}, "
+        f"student, steps at strides {' '.join(map(str, strides))}, "
         f"{decoupled / four:.3f} of that": decoupled,
         "teacher, 50 guided steps": 100 * full}
     print_rows("PFLOPs of the transformer for a batch, and seconds", {
@@ -250,7 +278,7 @@ def plan_sample(args):
         "weights, bfloat16": sum(p.nbytes for p in build(config).parameters()),
         "activations of a forward at their peak (an estimate)":
             args.batch_size * costs.forward_activations(config, shape)}
-    if args.preset != "tiny":
+    if not is_toy(config):
         print_rows("PFLOPs of all that one waits for, and seconds", {
             f"{name}: {time:,.3g} seconds": flops / 1e15
             for name, (flops, time) in whole_wait(args).items()})
@@ -266,13 +294,13 @@ def whole_wait(args):
     def cost(flops, peak=1):
         return args.batch_size * np.array([flops, seconds(args, flops) / peak])
 
-    config, shape = PRESETS[args.preset], latent_shape(args)
+    config, shape, strides = architecture(args), latent_shape(args), numbers(args).strides
     text = cost(costs.text_encoder_flops(config.text_len))
-    student = cost(sum(costs.forward_flops(config, shape, stride) for stride in AVD.strides))
+    student = cost(sum(costs.forward_flops(config, shape, stride) for stride in strides))
     vae = costs.vae_flops("decode", shape)
     exact, rough = cost(vae, TF32), cost(vae)
     return {f"text encoder, {config.text_len} tokens": text,
-            f"student, steps at strides {' '.join(map(str, AVD.strides))}": student,
+            f"student, steps at strides {' '.join(map(str, strides))}": student,
             "VAE in float32, as TF32 at half the peak": exact,
             "in all": text + student + exact,
             "VAE in bfloat16": rough,
