@@ -116,7 +116,7 @@ def conversion(source, height, width, fps):
     method = "area" if height and not width else "bicubic"
     hdr = source.transfer in HDR or source.primaries in WIDE
     chain += [f"scale={size}:flags={method}+accurate_rnd+full_chroma_int+full_chroma_inp",
-              f"format={'yuv444p16|gbrp16' if hdr else 'gbrp'}", "setsar=1"]
+              f"format={'yuv444p16|gbrp16' if hdr else 'rgb24'}", "setsar=1"]
     if width:
         chain.append(f"crop={width}:{height}")
     if hdr:  # to linear light, where 1 is the white of 203 nits; to BT.709's colours and curve
@@ -160,7 +160,7 @@ def read_video(file, frames=None, height=None, width=None, fps=None):
     video = video[:count * (len(header[0]) + size)].view(count, -1)
     if (video[:, :-size] != video[0, :-size]).any():
         raise ValueError("cannot be read: the size of its frames changes")
-    return rearrange(video[:, -size:], "f (h w c) -> c f h w", h=h, w=w).float() / 255
+    return rearrange(video[:, -size:], "f (h w c) -> c f h w", h=h, w=w).float().div_(255)
 
 
 # ---------------------------------------------------------------------------------------------

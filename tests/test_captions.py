@@ -61,7 +61,8 @@ PROMPTS = ["In a still frame, a stop sign", "a person's hand holding a cup of te
 
 @pytest.mark.parametrize("caption, found", [
     ("in a still frame a stop sign", True), ("In a still frame - a stop sign!", True),
-    ("A persons hand holding a cup of tea", True), ("A person’s hand holding a “cup” of tea", True), ("Bird.", True), ("Two birds", False),
+    ("A persons hand holding a cup of tea", True), ("A person’s hand holding a “cup” of tea", True),
+    ("Bird.", True), ("Two birds", False),
     ("a cat waiting for treats happy and humorous, in the evening", True), ("a bird", False),
     ("高清视频，雪山上空飞翔的一只鸟，慢镜头", True), ("一只鸟", False), ("ＢＩＲＤ", True),
     ("a cat waiting for treats, happy", False), ("in a still frame, a stop signal", False)])

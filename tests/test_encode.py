@@ -204,41 +204,48 @@ def test_captions_may_hold_any_kind_of_line_break(tmp_path):
 
 # --- every file is accounted for, and what has changed is encoded again ------------------------
 
-def make_all_kinds(folder):
-    """60 videos in a folder, of which 50 can be used, among other files and links."""
-    write_clips(folder, 5)
-    for number in range(5, 50):
-        shutil.copy(folder / f"{number % 5:02}.mp4", folder / f"{number:02}.mp4")
-        (folder / f"{number:02}.txt").write_text(f"clip {number:02}")
-    for file in list(folder.glob("0*.mp4"))[:3]:
-        file.with_suffix(".txt").rename(file.with_suffix(".TXT"))
-    for number in range(50, 60):
-        shutil.copy(folder / "00.mp4", folder / f"{number}.mp4")
-        (folder / f"{number}.txt").write_text(f"clip {number}")
-    (folder / "50.txt").unlink()
-    (folder / "51.txt").write_bytes(b"caf\xe9")
-    (folder / "52.txt").write_text("")
-    (folder / "53.txt").write_text("A benchmark's prompt of five words!")
-    (folder / "54.mp4").write_bytes(b"")
-    (folder / "55.mp4").write_bytes((folder / "00.mp4").read_bytes()[:1000])
-    (folder / "56.mp4").unlink()
-    (folder / "56.mp4").symlink_to(folder / "gone.mp4")
-    write_clips(folder / "short", 1, frames=5)
-    shutil.move(folder / "short" / "00.mp4", folder / "57.mp4")
-    shutil.rmtree(folder / "short")
-    (folder / "58.mp4").unlink()
-    (folder / "58.mp4").mkdir()
-    iio.imwrite(folder / "59.mp4", np.zeros((40, 32, 48, 3), np.uint8), fps=16)
+KINDS = {  # what spoils a video, given its file, that of its caption and a short clip; the reason
+    "no caption": lambda video, text, short: text.unlink(),
+    "its caption's file is not a text file in UTF-8":
+        lambda video, text, short: text.write_bytes(b"caf\xe9"),
+    "its caption is among the excluded prompts":
+        lambda video, text, short: text.write_text("A benchmark's prompt of six words!"),
+    "a link that leads nowhere":
+        lambda video, text, short: (video.unlink(), video.symlink_to("gone.mp4")),
+    "cannot be read": lambda video, text, short: video.write_bytes(video.read_bytes()[:1000]),
+    "too short": lambda video, text, short: shutil.copy(short, video),
+}
+
+
+def make_all_kinds(folder, short):
+    """60 videos in a folder, of which 24 can be used, among other files and a link to itself.
+
+    Returns {name: reason} of the others.
+    """
+    write_clips(folder, 4)
+    write_clips(short, 1, frames=5)
+    bad = {}
+    for number in range(4, 60):
+        video, text = folder / f"{number:02}.mp4", folder / f"{number:02}.txt"
+        shutil.copy(folder / f"{number % 4:02}.mp4", video)
+        text.write_text(f"clip {number:02}")
+        if number >= 24:
+            bad[video.name] = list(KINDS)[number % len(KINDS)]
+            KINDS[bad[video.name]](video, text, short / "00.mp4")
+    (folder / "04.txt").rename(folder / "04.TXT")
+    iio.imwrite(folder / "05.mp4", np.zeros((40, 32, 48, 3), np.uint8), fps=16)
     (folder / "around").symlink_to(folder)
     (folder / "cover.png").touch()
     (folder / "README").touch()
+    return bad | {"around": "a link to a folder that is read already"}
 
 
 def test_the_summary_accounts_for_every_file_and_what_has_changed_is_encoded_again(
         wan, tmp_path, capsys, monkeypatch):
     clips, out = tmp_path / "clips", tmp_path / "out"
-    make_all_kinds(clips)
-    (tmp_path / "bench.txt").write_text("a benchmarks prompt of five words")
+    bad = make_all_kinds(clips, tmp_path / "short")
+    tried = {name for name, why in bad.items() if why in ("cannot be read", "too short")}
+    (tmp_path / "bench.txt").write_text("a benchmark’s prompt of six words")
     reads, read = [], encode.read_video
     monkeypatch.setattr(encode, "read_video", lambda f, *size: reads.append(f.name)
                         or read(f, *size))
@@ -246,52 +253,42 @@ def test_the_summary_accounts_for_every_file_and_what_has_changed_is_encoded_aga
     def encode_all():
         reads.clear()
         capsys.readouterr()
-        assert run(wan, out, "--videos", clips, "--shard-size", 16, "--exclude-prompts",
+        assert run(wan, out, "--videos", clips, "--shard-size", 8, "--exclude-prompts",
                    tmp_path / "bench.txt") == 0
         return capsys.readouterr().out
 
     said = encode_all()
-    assert re.search(r"bench.txt: 1 of 5\d captions", said)
-    skipped = {e["video"]: e["reason"].partition(":")[0] for e in read_lines(
-        out / "skipped.jsonl")}
-    kinds = {"50.mp4": "no caption", "51.mp4": "its caption's file is not a text file in UTF-8",
-             "52.mp4": "no caption", "53.mp4": "its caption is among the excluded prompts",
-             "54.mp4": "cannot be read", "55.mp4": "cannot be read",
-             "56.mp4": "a link that leads nowhere", "57.mp4": "too short",
-             "around": "a link to a folder that is read already"}
-    assert skipped == kinds and "51 encoded in 4 shards, 9 skipped" in said
-    for kind in set(kinds.values()):
-        number = list(kinds.values()).count(kind)
-        assert re.search(rf"skipped +{number}  {kind}\n", said)
-    # 59 stands still, for too few frames to be refused. The folder 58.mp4 is empty.
+    assert "bench.txt: 6 of 42 captions" in said and "24 encoded in 3 shards, 37 skipped" in said
+    assert bad == {e["video"]: e["reason"].partition(":")[0]
+                   for e in read_lines(out / "skipped.jsonl")}
+    for why in KINDS:
+        assert re.search(rf"skipped +6  {why}\n", said)
+    # This one stands still, but too few frames are read to refuse it.
     assert re.search(r"warned +1  repeated frames\n", said)
-    for suffix, number in {r"\.png": 1, "no suffix": 1, r"\.txt": 2}.items():
+    assert [e["video"] for e in read_lines(out / "warnings.jsonl")] == ["05.mp4"]
+    for suffix, number in {r"\.png": 1, "no suffix": 1, r"\.txt": 6}.items():
         assert re.search(rf"no videos +{number}  {suffix}\n", said)
 
     before = {file: file.read_bytes() for file in out.glob("shard-*")}
-    assert encode_all().splitlines()[-6:] == said.splitlines()[-6:]
-    assert set(reads) == {"54.mp4", "55.mp4", "57.mp4"}  # those that are broken are tried again
+    assert encode_all().splitlines()[-12:] == said.splitlines()[-12:]
+    assert set(reads) == tried  # what is broken may have been mended
     assert {file: file.read_bytes() for file in out.glob("shard-*")} == before
 
-    holds = {name: file for file in before
-             for name in json.loads(checkpoint.read_metadata(file)["videos"])}
-    changed = ["00.mp4", "01.mp4", "02.mp4"]  # replaced, deleted, corrected: all in one shard
-    old = rows(out)
-    shutil.copy(clips / "21.mp4", clips / "00.mp4")
+    old, touched = rows(out), [file for file in before if "00.mp4" in
+                               json.loads(checkpoint.read_metadata(file)["videos"])]
+    again = set(json.loads(checkpoint.read_metadata(touched[0])["videos"])) - {"01.mp4"}
+    assert {"00.mp4", "02.mp4", "04.mp4"} < again and len(touched) == 1
+    shutil.copy(clips / "21.mp4", clips / "00.mp4")  # replaced
     (clips / "01.mp4").unlink()
-    (clips / "02.txt").unlink(missing_ok=True)
-    (clips / "02.TXT").write_text("clip 02, corrected")
-    touched = {holds[name] for name in changed}
+    (clips / "04.TXT").write_text("clip 04, corrected")
     said, new = encode_all(), rows(out)
-    assert "1 of 4 shards hold something that has changed" in said and len(touched) == 1
-    assert new.keys() == old.keys() - {"01.mp4"} and new["02.mp4"][0] == "clip 02, corrected"
+    assert "1 of 3 shards hold something that has changed" in said and set(reads) - tried == again
+    assert new.keys() == old.keys() - {"01.mp4"} and new["04.mp4"][0] == "clip 04, corrected"
     assert not torch.equal(new["00.mp4"][1], old["00.mp4"][1])
-    assert torch.equal(new["03.mp4"][1], old["03.mp4"][1])
-    again = {name for name, file in holds.items() if file in touched} - {"01.mp4"}
-    assert set(reads) - {"54.mp4", "55.mp4", "57.mp4"} == again
-    for file in before.keys() - touched:
+    assert torch.equal(new["02.mp4"][1], old["02.mp4"][1])
+    for file in before.keys() - set(touched):
         assert file.read_bytes() == before[file]
-    assert len(Shards(out, 0).items) == 50
+    assert len(Shards(out, 0).items) == 23
 
 
 def test_an_interrupted_repair_goes_on_and_leaves_the_old_index_until_the_end(

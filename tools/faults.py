@@ -6,7 +6,7 @@
     black borders on two opposite sides          above 4% of the size together: a warning
     begins or ends in black                      a warning
 
-A frame repeats the one before if no block of about 16 x 16 pixels (of 480 lines) has changed by 4
+A frame repeats the one before if no block of about 18 x 18 pixels (of 480 lines) has changed by 4
 of 255 on average. A cut is a change of 25 of 255 on average, over three times as large as any other
 within three frames. A border is darker than 24 of 255 in all frames.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 MOST_REPEATS, LEAST_REPEATS, SOME_REPEATS = 0.5, 16, 0.1
 BORDERS = 0.04
 REPEATED, CUT, BLACK, DARK = 4 / 255, 25 / 255, 24 / 255, 8 / 255
-LINES = 120  # to which frames are thinned out, as whole ones would take a second
+LINES = 80  # to which frames are thinned out, as whole ones would take a second
 
 
 def find_faults(video, allow_still=False):
@@ -25,11 +25,11 @@ def find_faults(video, allow_still=False):
     ValueError for a video that stands still for most of the time, unless `allow_still`.
     """
     step = max(1, video.shape[2] // LINES)
-    video = video[:, :, ::step, ::step]
+    video = video[:, :, ::step, ::step].contiguous()
     change = video.diff(dim=1).abs().amax(0)  # f-1 h w
     faults = []
 
-    repeats = (F.avg_pool2d(change, 4, ceil_mode=True).flatten(1).amax(1) < REPEATED).sum().item()
+    repeats = (F.avg_pool2d(change, 3, ceil_mode=True).flatten(1).amax(1) < REPEATED).sum().item()
     share = repeats / max(1, len(change))
     details = f"{repeats} of {len(change)} frames repeat the one before"
     if share > MOST_REPEATS and repeats >= LEAST_REPEATS and not allow_still:
