@@ -39,6 +39,7 @@ class Source:
     field: str | None  # the first one, as bwdif calls it, if frames are interlaced
     yuv: bool  # not RGB or grey
     large: bool  # more than the 576 lines of standard television
+    no_zeros: bool  # three bytes of zero in a row cannot be in its packets (H.264, H.265 in mp4)
     seconds: float | None
 
 
@@ -65,7 +66,9 @@ def probe(file):
     return Source(
         matrix, primaries, transfer, next((w for w in words if w in ("tv", "pc")), None),
         field, pixels.startswith("yuv"), int(height) > 576 or int(width) >= 1280,
+        bool(re.search(r" \((avc|hvc|hev)\d / 0x", found[0])),
         sum(float(n) * unit for n, unit in zip(time.groups(), (3600, 60, 1))) if time else None)
+
 
 # ---------------------------------------------------------------------------------------------
 # Decoding
@@ -94,8 +97,9 @@ def run_ffmpeg(*words, level="error"):
 def complaint(messages):
     """The first line that ffmpeg complained with, without the name of its part."""
     lines = [re.sub(r"^\[.*?\] ", "", line) for line in messages.splitlines()]
-    return next((line for line in lines if line[:1].strip() and not line.startswith("Input #")),
-                "no pictures")
+    usual = ("Input #", "At least one output")
+    return next((line for line in lines if line[:1].strip() and not line.startswith(usual)),
+                "it holds no pictures")
 
 
 def conversion(source, height, width, fps):
@@ -128,6 +132,13 @@ def conversion(source, height, width, fps):
     return ",".join([*chain, "format=rgb24"])
 
 
+def has_hole(file, seconds=None):
+    """Whether a hole of zeros is in a video's first `seconds`, which decoders may not notice."""
+    packets, _, _ = run_ffmpeg(*INPUT, f"file:{file.resolve()}", "-map", "0:V:0", "-c", "copy",
+                               *(["-t", str(seconds)] if seconds else []), "-f", "data", "pipe:")
+    return bytes(64) in packets
+
+
 def read_video(file, frames=None, height=None, width=None, fps=None):
     """RGB in [0, 1] `[3, f, h, w]`: what is trained on and what is measured.
 
@@ -143,6 +154,8 @@ def read_video(file, frames=None, height=None, width=None, fps=None):
     are read is damaged: its kind, a colon and the details.
     """
     source = probe(file)
+    if source.no_zeros and has_hole(file, frames and fps and frames / fps + 1):
+        raise ValueError("damaged: a part of the file is empty, as of a download that did not end")
     data, messages, code = run_ffmpeg(
         "-xerror", "-err_detect", "explode", *INPUT, f"file:{file.resolve()}", "-map", "0:V:0",
         "-vf", conversion(source, height, width, fps), "-fps_mode", "passthrough",
@@ -151,10 +164,11 @@ def read_video(file, frames=None, height=None, width=None, fps=None):
     w, h = map(int, header.groups()) if header else (0, 0)
     size = 3 * h * w
     count = len(data) // (len(header[0]) + size) if header else 0
+    if not count:
+        raise ValueError(f"cannot be read: {complaint(messages)}")
     if code and count != frames:
-        raise ValueError(f"damaged: after {count} frames, {complaint(messages)}" if count else
-                         f"cannot be read: {complaint(messages)}")
-    if count < (frames or 1):
+        raise ValueError(f"damaged: after {count} frames, {complaint(messages)}")
+    if frames and count < frames:
         raise ValueError(f"too short: {count} of {frames} frames at {fps} fps")
     video = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     video = video[:count * (len(header[0]) + size)].view(count, -1)

@@ -228,6 +228,17 @@ def test_damage_is_found_where_frames_are_read_and_not_behind_them(tmp_path):
                 read_video(tmp_path / "a.mp4")
 
 
+def test_a_hole_that_decoders_do_not_notice_is_damage(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "mandelbrot=s=320x180:r=16", "-t", 2, "-c:v", "libx264", "-g", 250,
+           tmp_path / "a.mp4")
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = data.find(b"mdat") + len(data) // 3
+    data[place:place + 2000] = bytes(2000)
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged: "):
+        read_video(tmp_path / "a.mp4", 17, 180, 320, 16)
+
+
 def test_a_cover_is_no_video(counted, tmp_path):
     write_frames(tmp_path / "cover.png", COUNTED[:1])
     ffmpeg("-i", tmp_path / "cover.png", "-i", counted, "-map", "0", "-map", "1", "-c", "copy",
