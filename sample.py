@@ -8,17 +8,19 @@ which video has which prompt; tools.encode reads it.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
 import adavid
-from adavid import AnyNumber, Positive, Stride, Timestep
+from adavid import AnyNumber, Limits, Positive, Stride, Timestep
 from runtime import cli
 from runtime.lora import check_loras, load_merged
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
@@ -26,6 +28,7 @@ from runtime.models import check_out, find_numbers, load_interpolator
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
 from tiny_wan.codec import check_finite
 
+FrameRate = Annotated[int, Limits(1, 1000)]
 SHOWN = 16  # rows of the contact sheet
 LONGEST = 10_000  # characters of a prompt
 
@@ -52,14 +55,17 @@ class Sample:
     """the weight of each LoRA; by default 1"""
     codec: Path | None = None
     """folder with Wan's text encoder and VAE; by default the model's folder"""
-    out: Path = Path("runs/samples")
-    """folder for the videos and the contact sheet"""
+    out: Path | None = None
+    """folder for the videos and the contact sheet; by default runs/samples, or runs/samples-2 and
+    so on while that holds those of other prompts, seeds or models"""
     frames: cli.Size | None = None
     """of the video; by default 81 for Wan and 9 for the toy"""
     height: cli.Size | None = None
     """in pixels; by default 480 for Wan and 16 for the toy"""
     width: cli.Size | None = None
     """in pixels; by default 832 for Wan and 16 for the toy"""
+    fps: FrameRate | None = None
+    """frames per second of the files; by default those that the model was trained on"""
     seed: cli.Seed = 0
     """of the noise; video i has seed + i in any batch"""
     timesteps: tuple[Timestep, ...] = ()
@@ -113,7 +119,6 @@ def run(args):
     scales = args.lora_scale or (1.0,) * len(args.lora)
     if len(scales) != len(args.lora):
         raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
-    check_out(args.out, [args.model, *args.lora, args.codec])
     # All tensors are checked now, on the meta device, as the text encoder takes minutes. The
     # weights are loaded afterwards, when the text encoder has freed its memory.
     model = WanModel.from_pretrained(args.model, device="meta")
@@ -136,11 +141,20 @@ def run(args):
                                1 if interpolator is None else config.strides[0])
     codec.prepare()
     batch_size = args.batch_size or codec.batch_size
-    args.out.mkdir(parents=True, exist_ok=True)
+    fps = args.fps or stored_fps(numbers.source or args.model) or codec.fps
+    prompts = [line for line in prompts for _ in range(args.videos_per_prompt)]
+    names = list(file_names([line for line in titles for _ in range(args.videos_per_prompt)]))
+    model_name = " + ".join(str(path.resolve()) for path in (args.model, *args.lora))
+    captions = "".join(
+        json.dumps({"video": name, "caption": prompt, "seed": args.seed + i, "model": model_name})
+        + "\n" for i, (name, prompt) in enumerate(zip(names, prompts)))
+    out = choose_folder(args.out, captions)
+    check_out(out, [args.model, *args.lora, args.codec])
+    out.mkdir(parents=True, exist_ok=True)
 
     with watch("encode prompts"):
         negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
-        *text, null_text = codec.encode_text([*prompts, negative])
+        *text, null_text = codec.encode_text([*prompts[::args.videos_per_prompt], negative])
         null_text = null_text[None].to(device)
         text = torch.stack(text)
     with watch("load"):
@@ -151,8 +165,6 @@ def run(args):
             for block in model.blocks:
                 block.compile()
 
-    prompts = [line for line in prompts for _ in range(args.videos_per_prompt)]
-    titles = [line for line in titles for _ in range(args.videos_per_prompt)]
     forwards = 2 * args.steps if args.teacher else len(config.timesteps)
     bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
 
@@ -175,28 +187,49 @@ def run(args):
         check_finite("the latents", latents)
         return latents
 
-    names, rows, kept = list(file_names(titles)), [], []
-    captions = "".join(json.dumps({"video": name, "caption": prompt}) + "\n"
-                       for name, prompt in zip(names, prompts))
-    paths = (args.out / name for name in names)
+    rows, kept, paths = [], [], (out / name for name in names)
     with bar:
         for latents in sample_batches(sampler, text, shape, args.seed, batch_size,
                                       args.videos_per_prompt):
             with watch("decode and write"):
                 videos = codec.decode(latents).cpu()
                 if not rows:  # not earlier, as a video that is not finite leaves no file
-                    (args.out / "captions.jsonl").write_text(captions, encoding="utf-8")
+                    (out / "captions.jsonl").write_text(captions, encoding="utf-8")
                 for video in videos:
-                    write_video(next(paths), video, codec.fps)
+                    write_video(next(paths), video, fps)
                     if len(rows) < SHOWN:
                         rows.append(thumbnails(video))
             if args.save_latents:
                 kept.append(latents)
-    write_contact_sheet(args.out / "contact_sheet.png", rows)
+    write_contact_sheet(out / "contact_sheet.png", rows)
     if kept:
-        checkpoint.write_files({args.out / "latents.safetensors": {"latents": torch.cat(kept)}})
+        checkpoint.write_files({out / "latents.safetensors": {"latents": torch.cat(kept)}})
     print(watch)
-    print(f"{len(prompts)} videos and contact_sheet.png are in {args.out}")
+    print(f"{len(prompts)} videos and contact_sheet.png are in {out}")
+
+
+def stored_fps(file):
+    """The frame rate of what a model was trained on, or None. ValueError names a bad one."""
+    fps = checkpoint.read_metadata(file).get("fps")
+    if fps is not None and not (re.fullmatch("[0-9]{1,4}", fps) and 0 < int(fps) <= 1000):
+        raise ValueError(f"{checkpoint.named(file)}: the fps in its metadata is {fps!r:.60}, not a "
+                         f"frame rate; give --fps")
+    return fps and int(fps)
+
+
+def choose_folder(out, captions):
+    """The folder for videos with these `captions`, the content of a file: `out`, or the first of
+    runs/samples, runs/samples-2, ... that is free.
+
+    ValueError if `out` holds videos of other prompts, seeds or models, as runs would be mixed.
+    """
+    numbered = (Path("runs", "samples" + f"-{n}" * (n > 1)) for n in count(1))
+    for folder in [out] if out else numbered:
+        file = folder / "captions.jsonl"
+        if not file.exists() or checkpoint.read_text(file) == captions:
+            return folder
+    raise ValueError(f"--out {out}: holds videos of other prompts, another seed or another model; "
+                     f"delete it, or choose another folder")
 
 
 def choose_steps(args, config):

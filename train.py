@@ -25,7 +25,14 @@ import adavid
 import kernels
 from adavid import AVDConfig, Decay, FrameInterpolator, NotNegative
 from runtime import cli
-from runtime.data import Prefetch, Toy, open_data, sample_indices
+from runtime.data import (
+    Prefetch,
+    Toy,
+    check_halves,
+    note_changes,
+    open_data,
+    sample_indices,
+)
 from runtime.distributed import init_distributed, mean_metrics, rank
 from runtime.media import thumbnails, write_contact_sheet
 from runtime.models import (
@@ -134,14 +141,17 @@ def train_interpolator(args):
     device, data = init_distributed(args.device), open_data(args.data, args.seed)
     check_run_out(args.out, [args.data], [args.out / "interpolator.safetensors"])
     cli.announce(device, None, args.device)
-    if not data.has_videos:
-        raise ValueError(f"{args.data}: holds no videos, and an interpolator needs them")
+    check_halves(f"{data}", data.latent_shape[1], 2)
+    if not data.has_videos or data.latent_shape[1] < 3:
+        raise ValueError(f"{args.data}: holds no videos of 3 latent frames or more, and an "
+                         f"interpolator needs them")
     torch.manual_seed(args.seed)
     model = FrameInterpolator(data.latent_shape[0], args.width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     fetch = Prefetch(lambda step: data.batch(sample_indices(step, args.batch_size)))
 
     with Run(args, {"model": model, "optimizer": optimizer}) as run:
+        note_changes(data, args.out)
         for step in run.steps():
             x0 = fetch(step)[0].to(device)
             loss = adavid.interpolation_loss(model, x0)
@@ -230,6 +240,7 @@ def distill(args):
     state |= {"ema": averaged} if args.ema else {}
     motion = Motion()
     with Run(args, state) as run:
+        note_changes(data, args.out)
         for cycle in run.steps():
             # Updates with batches of their own are numbered through the whole run. The student and
             # the first critic update of a cycle share one number.
@@ -257,8 +268,9 @@ def distill(args):
             motion.watch(run, cycle, metrics)
             run.save(cycle)
 
-    save_student(averaged or models.student, args.out, {
-        "method": "AVD", "avd": config.to_json(), "seed": str(args.seed)})
+    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
+    metadata |= {"fps": str(data.fps)} if data.fps else {}
+    save_student(averaged or models.student, args.out, metadata)
     if models.interpolator is not None and rank() == 0:
         shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
 
@@ -357,6 +369,8 @@ def check_flags(args, data, student_path):
     """ValueError unless the flags, the models and the data fit together."""
     check_fit(args.out, args.model, student_path, data)
     check_out(args.out, [args.codec])
+    check_halves(f"{data}", data.latent_shape[1],
+                 math.lcm(*args.avd.strides, *args.avd.train_strides))
     if args.lora and (args.ema or args.init_student):
         raise ValueError("--lora cannot be combined with --ema or --init-student")
     if args.avd.lambda_reg and not data.has_videos:

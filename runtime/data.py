@@ -4,6 +4,7 @@ Both map a sample's index in the whole run to the sample. So a resumed run, or o
 sees the same samples.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -14,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.distributed import rank, world_size
-from tiny_wan import ToyCodec, checkpoint, world
+from tiny_wan import ToyCodec, WanCodec, checkpoint, world
 
 INDEX = "index.json"
 
@@ -33,7 +34,7 @@ def sample_indices(batch, batch_size):
 class Toy:
     """The toy world's videos, made as they are needed."""
 
-    has_videos = True
+    has_videos, fps = True, ToyCodec.fps
 
     def __init__(self, codec, seed):
         self.codec, self.seed = codec, seed
@@ -64,6 +65,7 @@ class Shards:
         try:
             self.latent_shape = tuple(index["latent_shape"])
             self.has_videos = bool(index["has_videos"])
+            self.fps = index.get("fps")
             counts = {shard["file"]: int(shard["count"]) for shard in index["shards"]}
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file}: not an index from tools.encode ({error!r})") from None
@@ -72,6 +74,8 @@ class Shards:
             raise ValueError(f"{file}: latent_shape is {self.latent_shape}, not c f h w")
         if not counts:
             raise ValueError(f"{file}: lists no shards")
+        if self.fps is not None and (type(self.fps) is not int or not 0 < self.fps <= 1000):
+            raise ValueError(f"{file}: fps is {self.fps!r}, not a frame rate")
         [null_shape] = self.shapes("null_text.safetensors", "null_text")
         for name, count in counts.items():
             if not isinstance(name, str) or Path(name).name != name:
@@ -85,6 +89,7 @@ class Shards:
             self.null_text = tensors.get_tensor("null_text").float()
         if len(self.null_text) != 1 or not self.null_text.isfinite().all():
             raise ValueError(f"{self.folder}/null_text.safetensors: not one finite embedding")
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.items = [(name, i) for name, count in counts.items() for i in range(count)]
         self.orders = {}
 
@@ -145,6 +150,26 @@ def write_toy_shards(folder, seed, count, spoil=lambda video: video, null_prompt
     (folder / INDEX).write_text(json.dumps({
         "latent_shape": codec.latent_shape(), "has_videos": True,
         "shards": [{"file": "shard.safetensors", "count": count}]}))
+
+
+def check_halves(what, frames, stride):
+    """ValueError unless steps of a stride can drop some of the latent frames; it names `what`."""
+    if (frames - 1) % stride:
+        low = (frames - 1) // stride * stride
+        fit = " and ".join(str(n * WanCodec.time_factor + 1) for n in (low, low + stride))
+        raise ValueError(f"{what}: {frames} latent frames cannot be halved, as half-rate steps and "
+                         f"the interpolator do; the nearest --frames of tools.encode are {fit}")
+
+
+def note_changes(data, out):
+    """Print a note if the data have changed since the run in the folder `out` saw them last."""
+    digest = getattr(data, "digest", None)
+    if rank() == 0 and digest:
+        file = out / "data.sha256"
+        if file.exists() and file.read_bytes() != digest.encode():
+            print(f"note: {data} has changed since this run began; it goes on with the new "
+                  f"samples, in another order")
+        file.write_text(digest)
 
 
 class Prefetch:

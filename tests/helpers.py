@@ -29,7 +29,7 @@ from tiny_wan import PRESETS, ToyCodec, WanModel, checkpoint
 from tools import encode
 
 ROOT = Path(train.__file__).parent
-CLIP = ["--frames", "5", "--height", "32", "--width", "48", "--device", "cpu"]
+CLIP = ["--frames", "9", "--height", "32", "--width", "48", "--device", "cpu"]
 # For tests that expect these steps, whatever the defaults are: exercises change those.
 FOUR_STEPS = AVDConfig((1000, 900, 757, 522), (2, 2, 1, 1), (1, 1, 1, 1))
 
@@ -239,7 +239,7 @@ def make_clips(folder, _):
     write_clips(folder, 4)
 
 
-def write_clips(folder, count, frames=6):
+def write_clips(folder, count, frames=10):
     """Videos of noise, each with a caption in a text file beside it."""
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -289,7 +289,8 @@ BAD_INPUT = {
     ],
     "encode more": [
         ("encoded/shard-000-00000.safetensors fps 16 8", "--fps 8"),
-        ("encoded '02.mp4'", "--exclude-prompts bench.txt", write("bench.txt", b"Clip 02!")),
+        ("encoded none of these", lambda: [f.rename(f.with_stem(f"new-{f.stem}"))
+                                           for f in Path("clips").iterdir()]),
     ],
     "export": [
         ("toy", "--out toy --layout original"),

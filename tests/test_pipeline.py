@@ -53,6 +53,7 @@ def student(tmp_path):
 
 def latents(out, *args):
     args = ["--dtype", "float32", *args, "--out", out, "--save-latents", "--device", "cpu"]
+    (out / "captions.jsonl").unlink(missing_ok=True)  # of a run with other flags
     assert sample.main([str(a) for a in args]) == 0
     return load_file(out / "latents.safetensors")["latents"]
 

@@ -1,12 +1,17 @@
 """From prompts to files."""
 
+import shutil
+from pathlib import Path
+
 import imageio.v3 as iio
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
 from runtime.media import file_names
 from tests.helpers import complaint, read_lines
+from tiny_wan import ToyCodec, checkpoint
+from tiny_wan.checkpoint import FILE
 
 
 def run(toy_folder, out, *args):
@@ -56,9 +61,47 @@ def test_files_can_be_named_after_other_prompts(toy_folder, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mp4")) == [
         "blue-0.mp4", "blue-1.mp4", "red-0.mp4", "red-1.mp4"]
     assert read_lines(tmp_path / "out" / "captions.jsonl")[3] == {
-        "video": "blue-1.mp4", "caption": "a blue ball moving up"}
+        "video": "blue-1.mp4", "caption": "a blue ball moving up", "seed": 3,
+        "model": str(toy_folder.resolve())}
     code = run(toy_folder, tmp_path / "out", "a red ball", *files)
     assert "prompts.txt: has 2 names for 3 prompts" in complaint(capsys, code)
+
+
+def test_a_run_is_not_mixed_with_another_in_a_folder(toy_folder, tmp_path, monkeypatch, capsys):
+    first = ["a red ball", "a blue ball"]
+    for _ in range(2):
+        assert run(toy_folder, tmp_path / "out", *first) == 0
+    other = shutil.copytree(toy_folder, tmp_path / "other")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    for model, words in ((toy_folder, [*first, "--seed", "1"]), (other, first),
+                         (toy_folder, first[:1]), (toy_folder, [*first, "a green ball"])):
+        line = complaint(capsys, run(model, tmp_path / "out", *words))
+        assert f"--out {tmp_path / 'out'}: holds videos of other prompts, another seed" in line
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+    monkeypatch.chdir(tmp_path)
+    for prompt, folder in zip(("red", "blue", "green", "red"), ("", "-2", "-3", "")):
+        assert sample.main([f"a {prompt} ball", "--model", str(toy_folder), "--device", "cpu"]) == 0
+        assert f"are in {Path(f'runs/samples{folder}')}\n" in capsys.readouterr().out
+
+
+def test_the_frame_rate_travels_with_the_model(toy_folder, tmp_path, capsys):
+    model = shutil.copytree(toy_folder, tmp_path / "model")
+    file = model / FILE
+
+    def rate(*flags):
+        (tmp_path / "out" / "captions.jsonl").unlink(missing_ok=True)
+        assert run(model, tmp_path / "out", "a red ball", *flags) == 0
+        return iio.immeta(tmp_path / "out" / "a red ball-0.mp4")["fps"]
+
+    assert rate() == ToyCodec.fps == 8
+    tensors, header = load_file(file), checkpoint.read_metadata(file)
+    save_file(tensors, file, header | {"fps": "24"})
+    assert rate() == 24 and rate("--fps", "12") == 12
+    for fps in ("0", "nan", "-8", "10000", ""):
+        save_file(tensors, file, header | {"fps": fps})
+        line = complaint(capsys, run(model, tmp_path / "out-2", "a red ball"))
+        assert str(file) in line and f"fps in its metadata is {fps!r}" in line
 
 
 def test_file_names_are_the_prompts_and_never_collide(tmp_path):

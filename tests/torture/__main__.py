@@ -49,7 +49,7 @@ LIMIT_SECONDS, LIMIT_BYTES = 20, 2e9
 STAGES = {
     "distill": (train.main, "distill --model toy --batch-size 2 --steps 40 --save-every 2 "
                             "--sample-every 4 --device cpu"),
-    "encode": (encode.main, "--model diffusers --videos many --frames 5 --height 32 --width 48 "
+    "encode": (encode.main, "--model diffusers --videos many --frames 9 --height 32 --width 48 "
                             "--shard-size 2 --device cpu"),
     "ranks": (lambda argv: torchrun.main(argv) or 0,
               f"--nproc_per_node 2 --max-restarts 1000 {shlex.quote(str(ROOT / 'train.py'))} "

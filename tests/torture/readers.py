@@ -38,7 +38,7 @@ class Reader:
 
 
 CPU = "--out out --device cpu"
-CLIP = f"{CPU} --frames 5 --height 32 --width 48"
+CLIP = f"{CPU} --frames 9 --height 32 --width 48"
 PIXEL = f"'a cat' {CPU} --frames 1 --height 32 --width 32"
 DISTILL = "distill --device cpu --batch-size 1 --critic-updates 1 --steps"
 ADAPTER = "adapter.safetensors"
@@ -67,7 +67,7 @@ READERS = {
         encode.main, f"--captions captions.csv --videos @clips --model @diffusers {CLIP}",
         "captions.csv"),
     "encode more": Reader(
-        encode.main, f"--videos @clips --model @diffusers {CLIP} --out encoded", "encoded"),
+        encode.main, f"--videos clips --model @diffusers {CLIP} --out encoded", "encoded clips"),
     "measure": Reader(measure.main, "clips", "clips"),
     "export": Reader(export.main, "--model toy --out out", "toy"),
     "export diffusers": Reader(export.main, "--model diffusers --out out", "diffusers"),
