@@ -37,7 +37,7 @@ bench-1.3b: .venv/all  ## run a Wan2.1-1.3B of random weights on the CPU (3.5 GB
 	$(RUN) -m tests.full_size
 
 gpu-check: .venv/all  ## test and time the code on your GPU, with DIR= also the real Wan2.1 there
-	$(RUN) -m tools.gpu_check $(if $(DIR),--model $(DIR))
+	$(RUN) -m tools.gpu_check$(if $(DIR), --model $(DIR))
 
 weights: .venv/core  ## train the toy's teacher, interpolator and student again
 	$(RUN) -m experiments.teacher --out runs/teacher --compile --score-prompts 512

@@ -119,6 +119,8 @@ def run(args):
     scales = args.lora_scale or (1.0,) * len(args.lora)
     if len(scales) != len(args.lora):
         raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
+    if args.out:
+        check_out(args.out, [args.model, *args.lora, args.codec])
     # All tensors are checked now, on the meta device, as the text encoder takes minutes. The
     # weights are loaded afterwards, when the text encoder has freed its memory.
     model = WanModel.from_pretrained(args.model, device="meta")
@@ -149,7 +151,6 @@ def run(args):
         json.dumps({"video": name, "caption": prompt, "seed": args.seed + i, "model": model_name})
         + "\n" for i, (name, prompt) in enumerate(zip(names, prompts)))
     out = choose_folder(args.out, captions)
-    check_out(out, [args.model, *args.lora, args.codec])
     out.mkdir(parents=True, exist_ok=True)
 
     with watch("encode prompts"):

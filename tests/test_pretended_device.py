@@ -13,7 +13,7 @@ from tools import demo, encode
 
 KINDS = ("cuda", "mps")
 TOY = "--model @toy --batch-size 2"
-CLIP = "--frames 5 --height 32 --width 48"
+CLIP = "--frames 9 --height 32 --width 48"
 PROGRAMS = {  # the program and its flags; @NAME stands for an input
     "interpolator": (train, "interpolator --steps 2 --batch-size 2 --sample-every 1"),
     "distill": (train, f"distill {TOY} --steps 1"),

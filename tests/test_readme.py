@@ -151,7 +151,7 @@ def test_every_make_target_has_its_plain_commands():
     assert {name for name, _ in recipes} - {"help"} == set(rows)
     for name, recipe in recipes:
         for command in re.findall(r"\$\(RUN\) (.*)", recipe):
-            command = command.replace("$(DIR)", "Wan2.1-T2V-1.3B")
+            command = re.sub(r"\$\(if .*", "", command)  # flags that may be given
             assert f"`python {command}`" in rows[name], name
     for doc in PAGES:
         named = re.findall(r"\bmake ([a-z][\w.-]*)", code(doc))

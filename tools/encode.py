@@ -32,7 +32,7 @@ from runtime import cli
 from runtime.data import INDEX, Prefetch, check_halves
 from runtime.distributed import init_distributed, rank, world_size
 from runtime.media import SUFFIXES, probe, read_video
-from runtime.models import load_config
+from runtime.models import check_out, load_config
 from runtime.run import lock_folder, stop_signals
 from sample import LONGEST
 from tiny_wan import ToyCodec, WanCodec, WanModel, checkpoint, open_codec
@@ -100,6 +100,7 @@ def run(args):
         "latent_shape": list(codec.latent_shape(args.frames, args.height, args.width, stride)),
         "has_videos": args.videos is not None, "fps": args.fps, "text_dim": config.text_dim,
         "null_prompt": null_prompt}
+    check_out(args.out, [args.model, args.codec])
     args.out.mkdir(parents=True, exist_ok=True)
     with lock_folder(args.out):
         shards, stale = read_shards(args.out, settings, inputs.usable)
