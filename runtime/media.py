@@ -126,8 +126,8 @@ def conversion(source, height, width, fps):
     if hdr:  # to linear light, where 1 is the white of 203 nits; to BT.709's colours and curve
         chain += [f"setparams=color_primaries={source.primaries or 'bt2020'}"
                   f":color_trc={source.transfer or 'bt709'}",
-                  "zscale=transfer=linear:npl=203:agamma=false:matrix=gbr", "format=gbrpf32",
-                  "zscale=primaries=709", "tonemap=clip", "zscale=transfer=709:agamma=false",
+                  "zscale=transfer=linear:npl=203:matrix=gbr", "format=gbrpf32",
+                  "zscale=primaries=709", "tonemap=clip", "zscale=transfer=709",
                   "format=gbrp"]
     return ",".join([*chain, "format=rgb24"])
 

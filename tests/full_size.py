@@ -30,9 +30,9 @@ SAMPLE = ["sample.py", "a cat walks on grass", "--model", FOLDER, "--dtype", "bf
           "--device", "cpu", "--frames", 9, "--height", 128, "--width", 192,
           "--out", "runs/wan-1.3b-samples"]
 SHARDS, RUN = FOLDER / "shards", Path("runs/wan-1.3b-lora")
-# RUN holds no VAE, so training draws no pictures.
+# SHARDS holds no VAE, so training draws no pictures.
 TRAIN = ["train.py", "distill", "--model", FOLDER, "--data", SHARDS, "--out", RUN, "--lora", 16,
-         "--steps", 1, "--batch-size", 1, "--device", "cpu", "--codec", RUN]
+         "--steps", 1, "--batch-size", 1, "--device", "cpu", "--codec", SHARDS]
 
 
 def main():

@@ -98,10 +98,11 @@ def nits_of_pq(e):
 
 
 def nits_of_hlg(e):
-    """ITU-R BT.2100, on a display of 1000 nits."""
+    """ITU-R BT.2100, on a display of 1000 nits. But its gamma of 1.2 is applied to each colour, as
+    zscale does, and not to the luminance."""
     scene = np.array([x * x / 3 if x <= 0.5 else (math.exp((x - 0.55991073) / 0.17883277)
                                                   + 0.28466892) / 12 for x in e])
-    return 1000 * (scene @ np.array(LUMA["bt2020nc"])) ** 0.2 * scene
+    return 1000 * scene ** 1.2
 
 
 TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083],
