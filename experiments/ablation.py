@@ -136,10 +136,11 @@ def missing(conditions, measured):
 
 def measure_again(args, measured):
     """Measure a row with the first seed once more, and print it beside the first measurement."""
-    conditions, seed = measured.conditions, measured.conditions["seeds"][0]
+    conditions = measured.conditions
     if args.row not in conditions["rows"]:
         raise ValueError(f"--row {args.row}: {args.conditions} has the rows "
                          f"{', '.join(conditions['rows'])}")
+    seed = conditions["rows"][args.row]["seeds"][0]
     torch.set_num_threads(1)  # as in the first measurement
     name = conditions["rows"][args.row].get("student")
     if init := conditions["students"].get(name, {}).get("init"):
@@ -166,28 +167,37 @@ def start_process():
 
 
 def read_conditions(file, quick=False):
-    """The contents of the file; each row has a list of its seeds.
+    """The contents of the file, with the students and rows of all regimes in one dictionary each.
 
-    ValueError if a random stream would serve two purposes.
+    Each student has the flags of its regime, each row a list of its seeds and the name of the row of
+    real videos that it is compared with. ValueError if a random stream would serve two purposes.
     """
     try:
         conditions = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: {error}") from None
-    seeds = [seed + shift for seed in conditions["seeds"]
+    regimes = conditions["regimes"].values()
+    seeds = [seed + shift for regime in regimes for seed in regime["seeds"]
              for shift in (0, DATA_SEED, conditions["prompt_seed"])] + conditions["taken"]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{file}: two of its seeds share a random stream; choose others")
+    conditions |= {"students": {}, "rows": {}}
+    for regime in regimes:
+        for name, student in regime["students"].items():
+            flags = " ".join(filter(None, (student["flags"], regime.get("flags"))))
+            conditions["students"][name] = student | {"flags": flags}
+        seeds = regime["seeds"][:1] if quick else regime["seeds"]
+        real = next(name for name, row in regime["rows"].items() if row.get("sampler") == "real")
+        for name, row in regime["rows"].items():  # as many of the first seeds as it says
+            conditions["rows"][name] = row | {"seeds": seeds[:row.get("seeds")], "real": real}
     if quick:
         main = conditions["questions"][0]
         conditions |= {
-            "seeds": conditions["seeds"][:1], "prompts": 64, "questions": [main],
+            "prompts": 64, "questions": [main],
             "rows": {row: conditions["rows"][row] for row in main["rows"]},
             "claims": [claim for claim in conditions["claims"] if {
                 test[side] for test in claim["tests"] for side in ("row", "against")}
                 <= set(main["rows"])]}
-    for row in conditions["rows"].values():
-        row["seeds"] = conditions["seeds"][:row.get("seeds")]  # as many of the first as it says
     return conditions
 
 
@@ -197,7 +207,7 @@ def definition(conditions, name):
     student = conditions["students"].get(row.get("student"), {})
     return {"teacher": teacher_digest(), "prompts": conditions["prompts"],
             "prompt_seed": conditions["prompt_seed"],
-            "row": {k: v for k, v in row.items() if k not in ("title", "seeds")},
+            "row": {k: v for k, v in row.items() if k not in ("title", "seeds", "real")},
             "student": {k: v for k, v in student.items() if k != "forwards"},
             "data": conditions["data"].get(student.get("data"), {})}
 
@@ -232,8 +242,10 @@ def job(out, conditions, item):
             argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
         if "init" in student:
             argv += ["--init-student", str(out / f"{student['init']}-{seed}")]
-        if "cache" in student:
-            adavid.LossMeanCache = CACHES[student["cache"]]  # this process has no other job
+        if student.get("late"):
+            adavid.LossMeanCache = LateCache  # this process has no other job
+        if student.get("critic") == "teacher":
+            adavid.distribution_matching_loss = guidance_loss
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
             code = program.main(argv)
@@ -245,27 +257,6 @@ def job(out, conditions, item):
     return [measure(conditions, row, folder, seed) for row in rows]
 
 
-class SpreadCache(LossMeanCache):
-    """Eq. 7 with the losses in units of their own spread at each step:
-
-        w = 1 - sigmoid(k (L - Lbar) / std)
-    """
-
-    def __init__(self, num_steps, decay=0.95, k=3.0):
-        super().__init__(num_steps, decay, k)
-        self.squares = LossMeanCache(num_steps, decay)  # its means are those of L^2
-
-    @torch.no_grad()
-    def weigh(self, step, loss):
-        std = (self.squares.means - self.means.square()).clamp(min=1e-12).sqrt()[step]
-        excess = (loss.float() - self.means[step]) / std
-        return 1 - torch.sigmoid(self.k * torch.where(self.filled[step], excess, 0.0))
-
-    def update(self, step, loss):
-        super().update(step, loss)
-        self.squares.update(step, loss.float().square())
-
-
 class LateCache(LossMeanCache):
     """No regression at the first step, from pure noise."""
 
@@ -273,7 +264,17 @@ class LateCache(LossMeanCache):
         return super().weigh(step, loss) * (step > 0)
 
 
-CACHES = {"spread": SpreadCache, "late": LateCache}
+def guidance_loss(x0, teacher, critic, *inputs, match=adavid.distribution_matching_loss):
+    """The part of L_KL's gradient that comes from guidance (Decoupled DMD, arXiv:2511.22677).
+
+    With s the scale, x_c and x_u the teacher's predictions with and without the prompt, eq. 4's
+
+        x_critic - x_teacher = (x_critic - x_c) - (s - 1) (x_c - x_u)
+
+    is a sum of distribution matching and of guidance. The teacher in the critic's place leaves the
+    second.
+    """
+    return match(x0, teacher, teacher, *inputs)
 
 
 def write_shards(folder, seed, count, share=0.0, kinds=(), null_prompt=""):
@@ -310,7 +311,9 @@ def sampler_of(row, folder):
         return lambda noise, text, generator: adavid.sample_teacher(
             model, noise, text, null_text, row["steps"], config.guidance_scale)
     if "strides" in row:
-        config = replace(config, strides=tuple(row["strides"]))
+        config = replace(config, strides=tuple(row["strides"]),
+                         train_strides=config.train_strides[:len(row["strides"])],
+                         timesteps=tuple(row.get("timesteps", config.timesteps)))
     if row.get("interpolator") == "mean":  # of the neighbours
         interpolator = lambda x0: F.interpolate(
             x0, (2 * x0.shape[2] - 1, *x0.shape[3:]), mode="trilinear", align_corners=True)
@@ -336,7 +339,8 @@ def measure(conditions, name, folder, seed):
         one = (torch.zeros(1, *shape) for shape in (codec.latent_shape(), (1, codec.text_dim)))
         sampler = sampler_of(row | {"steps": 1} if "steps" in row else row, folder)
         flops = count_flops(lambda: sampler(*one, None)) * row.get("steps", 1)  # of equal cost
-        steps = row.get("steps") or len(baselines.load_student(folder)[2].timesteps)
+        steps = row.get("steps") or len(row.get("timesteps") or
+                                        baselines.load_student(folder)[2].timesteps)
     scores = world.score(video, prompts)
     line = {"row": name, "seed": seed, "definition": definition(conditions, name),
             "scores": {key: [compact(v) for v in scores[key].tolist()] for key in (
@@ -352,7 +356,7 @@ def measure(conditions, name, folder, seed):
                             for key in (f"reg_std_{t}", f"weight_{t}")
                             if (values := [s[key] for s in log if s.get(key) is not None])}
         student = conditions["students"][row["student"]]
-        if line["training"] and "cache" not in student:
+        if line["training"] and "late" not in student:
             line["weights"] = weights(folder, conditions["prompts"], eval_seed)
     return line
 
@@ -408,8 +412,8 @@ def frechet(video, real, prompts):
 class Measurements:
     """The measurements of a conditions file: means and paired differences with 95% intervals.
 
-    Intervals are bootstrapped over seeds and, within each seed, over prompts, so they cover the
-    luck of a training seed as well. All rows share the draws, which pairs their differences.
+    The unit is a training seed, with prompts of its own: its mean over the prompts is one
+    observation. Intervals are Student's t over these, so they cover the luck of both.
     """
 
     def __init__(self, conditions, file):
@@ -478,12 +482,8 @@ class Measurements:
             seeds = min(len(values), len(others))
             values = values[:seeds] - others[:seeds]
         if column in RELATIVE:
-            values = values / np.nanmean(self.values("real", column))
-        valid, drawn = ~np.isnan(values), draws(*values.shape)
-        sums, counts = (np.einsum("dsp,sp->d", drawn, v.astype(np.float32))
-                        for v in (np.where(valid, values, 0), valid))
-        means = sums[counts > 0] / counts[counts > 0]
-        return (np.nanmean(values), *np.quantile(means, [0.025, 0.975]))
+            values = values / np.nanmean(self.values(self.conditions["rows"][row]["real"], column))
+        return mean_and_interval(np.nanmean(values, axis=1))
 
 
 def training_memory(student):
@@ -511,15 +511,18 @@ TRAINING = {  # columns that say what training costs, from a student's condition
     "per_cycle": lambda student: student["forwards"] / cycles(student), "memory": training_memory}
 
 
-@functools.cache
-def draws(seeds, prompts, number=2000):
-    """How often each bootstrap draw takes each seed and prompt: `[number, seeds, prompts]`."""
-    rng = np.random.default_rng(0)
-    result = np.zeros((number, seeds, prompts), np.float32)
-    for counts in result:
-        for seed in rng.integers(seeds, size=seeds):
-            counts[seed] += np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
-    return result
+# The 97.5% quantile of Student's t, for 1 to 9 degrees of freedom
+QUANTILES = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
+
+
+def mean_and_interval(values):
+    """The mean of one value for each seed, and the ends of its 95% interval by Student's t. They are
+    NaN for a single seed."""
+    mean = np.mean(values)
+    if len(values) == 1:
+        return mean, np.nan, np.nan
+    half = QUANTILES[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def said(mean, low, high, sign="", digits=3):
