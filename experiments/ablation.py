@@ -167,9 +167,9 @@ def start_process():
 
 
 def read_conditions(file, quick=False):
-    """The contents of the file, with the students and rows of all regimes in one dictionary each.
+    """The contents of the file, in which the regimes' students and rows are in one dictionary each.
 
-    Each student has the flags of its regime, each row a list of its seeds and the name of the row of
+    A student also has its regime's flags; a row has a list of its seeds, and the name of the row of
     real videos that it is compared with. ValueError if a random stream would serve two purposes.
     """
     try:
@@ -242,7 +242,7 @@ def job(out, conditions, item):
             argv += ["--data", str(shards), "--gradient-checkpointing", "False"]
         if "init" in student:
             argv += ["--init-student", str(out / f"{student['init']}-{seed}")]
-        if student.get("late"):
+        if student.get("cache") == "late":
             adavid.LossMeanCache = LateCache  # this process has no other job
         if student.get("critic") == "teacher":
             adavid.distribution_matching_loss = guidance_loss
@@ -356,7 +356,7 @@ def measure(conditions, name, folder, seed):
                             for key in (f"reg_std_{t}", f"weight_{t}")
                             if (values := [s[key] for s in log if s.get(key) is not None])}
         student = conditions["students"][row["student"]]
-        if line["training"] and "late" not in student:
+        if line["training"] and "cache" not in student:
             line["weights"] = weights(folder, conditions["prompts"], eval_seed)
     return line
 
@@ -464,15 +464,16 @@ class Measurements:
         return " − ".join(self.conditions["rows"][row]["title"] for row in rows)
 
     def values(self, row, column):
-        """`[seeds, prompts]`, NaN where a prompt says nothing about the column."""
-        lines = [line | line.get("training", {}) for line in self.of_row(row)]
-        if column in TRAINING:
-            student = self.conditions["students"].get(self.conditions["rows"][row].get("student"))
-            lines = [{column: TRAINING[column](student) if student else 0} for _ in lines]
-        if column in lines[0]:  # one number for all prompts
-            return np.array([[line[column]] * self.conditions["prompts"] for line in lines])
-        return np.array([line["scores"][SCORES.get(column, column)] for line in lines],
-                        dtype=float)
+        """`[seeds, prompts]`, NaN where a prompt or the whole row says nothing about the column."""
+        lines, name = self.of_row(row), SCORES.get(column, column)
+        if name in lines[0]["scores"]:
+            return np.array([line["scores"][name] for line in lines], dtype=float)
+        student = self.conditions["students"].get(self.conditions["rows"][row].get("student"))
+        costs = {name: cost(student) if student else 0 for name, cost in TRAINING.items()}
+        # These are one number for all prompts.
+        numbers = [line | line.get("training", {}) | costs for line in lines]
+        return np.array([[line.get(column, np.nan)] * self.conditions["prompts"]
+                         for line in numbers])
 
     def interval(self, column, row, other=None):
         """Mean and 95% interval of a row, or of its difference from another row."""
@@ -483,7 +484,8 @@ class Measurements:
             values = values[:seeds] - others[:seeds]
         if column in RELATIVE:
             values = values / np.nanmean(self.values(self.conditions["rows"][row]["real"], column))
-        return mean_and_interval(np.nanmean(values, axis=1))
+        empty = np.isnan(values).all()
+        return mean_and_interval(values[:, 0] if empty else np.nanmean(values, axis=1))
 
 
 def training_memory(student):
@@ -516,8 +518,10 @@ QUANTILES = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 
 def mean_and_interval(values):
-    """The mean of one value for each seed, and the ends of its 95% interval by Student's t. They are
-    NaN for a single seed."""
+    """The mean of one value for each seed, and the ends of its 95% interval by Student's t.
+
+    They are NaN for a single seed.
+    """
     mean = np.mean(values)
     if len(values) == 1:
         return mean, np.nan, np.nan
@@ -526,7 +530,9 @@ def mean_and_interval(values):
 
 
 def said(mean, low, high, sign="", digits=3):
-    """A mean and half of its interval; the mean alone if nothing varies."""
+    """A mean and half of its interval; the mean alone if nothing varies, nothing for NaN."""
+    if np.isnan(mean):
+        return ""
     half = f" ± {(high - low) / 2:.{digits}f}" if high - low > 1e-3 else ""
     return f"{round(mean, digits) + 0.0:{sign}.{digits}f}{half}"
 
@@ -606,7 +612,8 @@ def blocks(measured):
         "claims": page.markdown(verdicts(measured)),
         "weights": page.markdown(kinds(measured, "avd")),
         "answers": "\n\n".join(
-            f"**{question['asks']}**\n\n{page.markdown(table(measured, question))}"
+            f"**{question['asks']}** {question.get('answer', '')}\n\n"
+            f"{page.markdown(table(measured, question))}"
             for question in measured.conditions["questions"]),
         **{name: page.markdown(table(measured, rows)) for name, rows in tables.items()}}
 
