@@ -10,10 +10,9 @@ checkpoint. The same command resumes, and gives the same weights as an uninterru
 """
 
 import math
-import shutil
 import sys
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +39,7 @@ from runtime.models import (
     check_out,
     check_run_out,
     default_config,
+    find_interpolator,
     load_adapters,
     load_models,
     load_trainable,
@@ -238,8 +238,13 @@ def distill(args):
     state = {"student": models.student, "critic": models.critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
     state |= {"ema": averaged} if args.ema else {}
+    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
+    metadata |= {"fps": str(data.fps)} if data.fps else {}
+    interpolator = find_interpolator(args.model)
+    about = {"config": asdict(models.student.config), "metadata": metadata,
+             "interpolator": interpolator and str(interpolator.resolve())}
     motion = Motion()
-    with Run(args, state) as run:
+    with Run(args, state, about) as run:
         note_changes(data, args.out)
         for cycle in run.steps():
             # Updates with batches of their own are numbered through the whole run. The student and
@@ -268,11 +273,7 @@ def distill(args):
             motion.watch(run, cycle, metrics)
             run.save(cycle)
 
-    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
-    metadata |= {"fps": str(data.fps)} if data.fps else {}
-    save_student(averaged or models.student, args.out, metadata)
-    if models.interpolator is not None and rank() == 0:
-        shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
+    save_student(averaged or models.student, args.out, **about)
 
 
 def update_student(models, optimizer, cache, batches, rollout_step, accumulate, null_text, config):

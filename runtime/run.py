@@ -144,7 +144,7 @@ class Run:
                 run.save(step)
     """
 
-    def __init__(self, args, state):
+    def __init__(self, args, state, student=None):
         self.args, self.state = args, state
         make_folder(args.out)
         (args.out / "samples").mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ class Run:
             stack.enter_context(lock_folder(args.out))
             check_shared(args.out)
             self.checkpointer = Checkpointer(args.out, fixed_flags(args), args.keep,
-                                             args.keep_every)
+                                             args.keep_every, student)
             self.start = self.checkpointer.load(state)
             if rank() == 0:
                 for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again

@@ -126,7 +126,7 @@ def test_the_training_page_runs_and_describes_every_metric(toy_folder, tmp_path,
             continue
         if "train.py distill" in line:
             line += f" --model {toy_folder} --batch-size 4"
-        run(line.replace("--steps 50", "--steps 2"), small)
+        run(line.replace("--steps 50", "--steps 2").replace("000120", "000001"), small)
     named = re.findall(r"^python (?!-m experiments).*--out runs/(\S+)", page, re.MULTILINE)
     assert {p.name for p in Path("runs").iterdir()} == set(named)
     for log in Path("runs").glob("*/metrics.jsonl"):
