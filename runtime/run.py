@@ -182,6 +182,10 @@ class Run:
     def picture_due(self, step):
         return (step + 1) % self.args.sample_every == 0 or step + 1 == self.args.steps
 
+    def report_due(self, step):
+        """With each picture, but not in a run that is too short for a curve."""
+        return self.picture_due(step) and step + 1 >= self.args.sample_every
+
     def picture(self, step):
         return self.args.out / "samples" / f"{step + 1:06d}.png"
 
