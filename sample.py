@@ -24,7 +24,7 @@ from adavid import AnyNumber, Limits, Positive, Stride, Timestep
 from runtime import cli
 from runtime.lora import check_loras, load_merged
 from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
-from runtime.models import check_out, find_numbers, load_interpolator
+from runtime.models import check_out, checkpoint_to_model, find_numbers, load_interpolator
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
 from tiny_wan.codec import check_finite
 
@@ -47,10 +47,11 @@ class Sample:
     videos_per_prompt: cli.Count = 1
     """how many videos of each prompt"""
     model: Path | None = None
-    """student or teacher: a folder in the original or Diffusers' layout, or a safetensors file; by
-    default the toy's student, or its teacher with --teacher"""
+    """student or teacher: a folder in the original or Diffusers' layout, a safetensors file, or a
+    checkpoint of a training; by default the toy's student, or its teacher with --teacher"""
     lora: tuple[Path, ...] = ()
-    """LoRAs to add to the model, such as a distilled one and a style: files, or their folders"""
+    """LoRAs to add to the model, such as a distilled one and a style: files, their folders, or
+    checkpoints of a training with --lora"""
     lora_scale: tuple[AnyNumber, ...] = ()
     """the weight of each LoRA; by default 1"""
     codec: Path | None = None
@@ -121,6 +122,7 @@ def run(args):
         raise ValueError(f"--lora-scale: {len(scales)} weights for {len(args.lora)} LoRA files")
     if args.out:
         check_out(args.out, [args.model, *args.lora, args.codec])
+    args.model, *args.lora = map(checkpoint_to_model, (args.model, *args.lora))
     # All tensors are checked now, on the meta device, as the text encoder takes minutes. The
     # weights are loaded afterwards, when the text encoder has freed its memory.
     model = WanModel.from_pretrained(args.model, device="meta")

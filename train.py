@@ -5,15 +5,15 @@
     torchrun --nproc_per_node 8 train.py distill --model Wan2.1-T2V-1.3B --data SHARDS ...
 
 A run's folder holds checkpoints, `metrics.jsonl` with a line for each step, `times.jsonl` with each
-step's duration, pictures of fixed prompts in `samples/`, and at the end the model. Ctrl-C saves a
-checkpoint. The same command resumes, and gives the same weights as an uninterrupted run.
+step's duration, pictures of fixed prompts in `samples/`, a page about them and the curves in
+`report.html`, and at the end the model. Ctrl-C saves a checkpoint. The same command resumes, and
+gives the same weights as an uninterrupted run.
 """
 
 import math
-import shutil
 import sys
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +40,7 @@ from runtime.models import (
     check_out,
     check_run_out,
     default_config,
+    find_interpolator,
     load_adapters,
     load_models,
     load_trainable,
@@ -47,7 +48,8 @@ from runtime.models import (
 )
 from runtime.pictures import GRID_SEED, open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
-from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
+from tiny_wan import WEIGHTS, ToyCodec, WanCodec, WanConfig, checkpoint
+from tiny_wan.codec import is_toy
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -235,11 +237,21 @@ def distill(args):
         return adavid.sample(averaged or models.student, noise, text, config, models.interpolator,
                              torch.Generator().manual_seed(args.seed))
 
+    def sample_teacher(noise, text):
+        solver = (ToyCodec if is_toy(models.teacher.config) else WanCodec).solver
+        return adavid.sample_teacher(models.teacher, noise, text, null_text,
+                                     guidance_scale=config.guidance_scale, solver=solver)
+
     state = {"student": models.student, "critic": models.critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}
     state |= {"ema": averaged} if args.ema else {}
+    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
+    metadata |= {"fps": str(data.fps)} if data.fps else {}
+    interpolator = find_interpolator(args.model)
+    about = {"config": asdict(models.student.config), "metadata": metadata,
+             "interpolator": interpolator and str(interpolator.resolve())}
     motion = Motion()
-    with Run(args, state) as run:
+    with Run(args, state, about) as run:
         note_changes(data, args.out)
         for cycle in run.steps():
             # Updates with batches of their own are numbered through the whole run. The student and
@@ -262,17 +274,18 @@ def distill(args):
                                                     args.accumulate, config))
             metrics |= mean_metrics(critic_metrics)
 
+            if pictures and run.report_due(cycle):
+                pictures.write_reference(args.out / "reference.json", sample_teacher)
             if pictures and run.picture_due(cycle):
                 metrics |= pictures.write(run.picture(cycle), sample)
             metrics = run.log(cycle, metrics, fetch.waited)  # means over the ranks
             motion.watch(run, cycle, metrics)
+            if rank() == 0 and run.report_due(cycle):
+                from runtime.report import write_report  # matplotlib takes a second to import
+                write_report(args.out)
             run.save(cycle)
 
-    metadata = {"method": "AVD", "avd": config.to_json(), "seed": str(args.seed)}
-    metadata |= {"fps": str(data.fps)} if data.fps else {}
-    save_student(averaged or models.student, args.out, metadata)
-    if models.interpolator is not None and rank() == 0:
-        shutil.copy(checkpoint.home(args.model) / "interpolator.safetensors", args.out)
+    save_student(averaged or models.student, args.out, **about)
 
 
 def update_student(models, optimizer, cache, batches, rollout_step, accumulate, null_text, config):

@@ -23,7 +23,7 @@ LCM: arXiv 2310.04378. DCM: arXiv 2506.03123. rCM: arXiv 2510.08431. DFD: arXiv 
 import math
 import shutil
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -540,7 +540,7 @@ class Setup:
         """Write a student, with the numbers that `adavid.sample` needs."""
         numbers = vars(self.args.numbers)
         avd = AVDConfig(**{field.name: numbers[field.name] for field in fields(AVDConfig)})
-        save_student(model, self.args.out / folder, metadata | {
+        save_student(model, self.args.out / folder, asdict(model.config), metadata | {
             "method": self.args.method, "avd": avd.to_json(), "seed": str(self.args.seed)})
 
 

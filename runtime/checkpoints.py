@@ -1,10 +1,11 @@
 """Checkpoints that survive kills, full disks and damaged files.
 
 A checkpoint is a folder, `checkpoints/000123`: safetensors files of torch.distributed.checkpoint,
-which any number of ranks can load; `state.json` with the step and the flags; and checksums of all
-of these. It is written as `000123.part`, synced to the disk and then renamed. So a folder with its
-final name was whole when it was written, and the checksums tell whether it still is. A file
-`followed` says that an update has followed, so that the checkpoint is no dead end.
+which any number of ranks can load; `state.json` with the step, the flags, and what a student's file
+holds beside its weights; and checksums of all of these. It is written as `000123.part`, synced to
+the disk and then renamed. So a folder with its final name was whole when it was written, and the
+checksums tell whether it still is. A file `followed` says that an update has followed, so that the
+checkpoint is no dead end.
 """
 
 import hashlib
@@ -63,9 +64,12 @@ def find_not_finite(state):
 class Checkpointer:
     """Saves and loads a run's checkpoints. Several ranks save in the background, each its part."""
 
-    def __init__(self, out, flags, keep, keep_every=None):
-        """flags: what must not change when the run in the folder `out` is resumed."""
+    def __init__(self, out, flags, keep, keep_every=None, student=None):
+        """flags: what must not change when the run in the folder `out` is resumed.
+        student: what `runtime.models.write_student` takes beside the tensors, if there is one.
+        """
         self.out, self.flags, self.keep, self.keep_every = out, flags, keep, keep_every
+        self.student = student
         self.newest = self.pending = None
         self.pool = ThreadPoolExecutor(1)
         # A group of its own keeps a save's messages apart from the training loop's.
@@ -104,7 +108,8 @@ class Checkpointer:
                 part.parent.mkdir(exist_ok=True)  # not its parents: the disk may be gone
                 checkpoint.fsync(self.out)  # the names of the logs and of `checkpoints`
                 part.mkdir()
-                (part / STATE).write_text(json.dumps({"step": step, "flags": self.flags}))
+                (part / STATE).write_text(json.dumps({
+                    "step": step, "flags": self.flags, "student": self.student}))
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
             if world_size() > 1:
                 dist.barrier()
@@ -244,6 +249,20 @@ def load(flags, state, folder):
         raise ValueError(f"{folder}: not a checkpoint of this run ({why}); delete it to start "
                          f"anew") from None
     return saved["step"]
+
+
+def load_student(folder):
+    """The tensors of a checkpoint's student, or of its running average, whole and by their own
+    names. Nothing else is loaded.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    there = reader.read_metadata().state_dict_metadata
+    part = "ema." if any(name.startswith("ema.") for name in there) else "student."
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype)
+               for name, about in there.items() if name.startswith(part)}
+    with warnings.catch_warnings(action="ignore"):  # of having one process
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(part): tensor for name, tensor in tensors.items()}
 
 
 def make_moments(name, optimizer, there):

@@ -94,10 +94,11 @@ class Adapted:
     def parameters(self):
         return list(self.state_dict().values())
 
-    def save_adapter(self, folder, metadata):
-        """Write the adapter. Its alpha is its rank: scale 1."""
-        tensors = {PREFIX + name: p.detach().cpu() for name, p in self.state_dict().items()}
-        checkpoint.write_files({folder / FILE: tensors}, {"format": "pt"} | metadata)
+
+def write_adapter(folder, tensors, metadata):
+    """Write an adapter's tensors. Its alpha is its rank: scale 1."""
+    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    checkpoint.write_files({folder / FILE: tensors}, {"format": "pt"} | metadata)
 
 
 def load_merged(path, dtype, device, loras):

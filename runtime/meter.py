@@ -31,6 +31,17 @@ def readings(video):
             "still": float(motion < STILL)}
 
 
+def mean_readings(videos):
+    """The means of the first four over videos `[b, 3, f, h, w]` of any size and length."""
+    *_, f, h, w = videos.shape
+    videos = videos.float().clamp(0, 1)
+    if f < 4:  # the last frame is repeated, as that of a picture that stands still
+        videos = F.pad(videos, (0, 0, 0, 0, 0, 4 - f), mode="replicate")
+    size = len(videos[0, 0]), HEIGHT, max(2, 2 * round(HEIGHT * w / h / 2))  # as in `read_video`
+    each = list(map(readings, F.interpolate(videos, size, mode="area")))
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0] if name != "still"}
+
+
 def flow(video):
     """The speed of each pixel of a video `[3, f, h, w]`, in pixels for each frame: `[f-3, h, w]`.
 

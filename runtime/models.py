@@ -1,15 +1,25 @@
 """Loading models with what belongs to them (the method's numbers, the interpolator); saving one."""
 
-from dataclasses import asdict, replace
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import adavid
-from runtime.distributed import apply_fsdp, full_tensor, rank, world_size
+from runtime.checkpoints import STATE, SUMS, find_damage, load_student
+from runtime.distributed import (
+    all_gather,
+    apply_fsdp,
+    broadcast,
+    full_tensor,
+    rank,
+    world_size,
+)
 from runtime.lora import FILE as LORA_FILE
-from runtime.lora import add_adapters, rate_factor
+from runtime.lora import add_adapters, rate_factor, write_adapter
 from tiny_wan import WanConfig, WanModel, checkpoint
 
 
@@ -178,15 +188,62 @@ def load_trainable(path, dtype, device, recompute):
     return model.float()  # after sharding, so that no rank ever holds a whole float32 model
 
 
-def save_student(student, out, metadata):
-    """Write the whole model, gathered from all ranks, or LoRA's adapter alone."""
+def save_student(student, out, config, metadata, interpolator=None):
+    """`write_student` with a model's tensors, gathered from all ranks."""
     tensors = {}
     for name, tensor in student.state_dict().items():
         tensor = full_tensor(tensor)
         if rank() == 0:
-            tensors[name] = tensor.cpu()
+            tensors[name] = tensor.detach().cpu()
     if rank() == 0:
-        if hasattr(student, "save_adapter"):
-            student.save_adapter(out, metadata)
-        else:
-            checkpoint.write(out, asdict(student.config), tensors, metadata=metadata)
+        write_student(out, tensors, config, metadata, interpolator)
+
+
+def write_student(out, tensors, config, metadata, interpolator=None):
+    """Write a whole model, or LoRA's adapter alone, with a copy of the interpolator's file.
+
+    config: a dict of WanConfig's fields.
+    """
+    if any("lora_" in name for name in tensors):
+        write_adapter(out, tensors, metadata)
+    else:
+        checkpoint.write(out, config, tensors, metadata=metadata)
+    if interpolator:
+        shutil.copy(interpolator, out)
+
+
+def checkpoint_to_model(path):
+    """The folder of a training checkpoint's student; any other path as it is.
+
+    It is `model` in the checkpoint, and holds what the run would have written if it had ended
+    there. The first call writes it. All ranks must call this. ValueError if the checkpoint is
+    damaged, or has no student.
+    """
+    if not any(path.glob(SUMS.format("*"))):
+        return path
+    model, part = path / "model", path / f"model-{os.getpid()}.part"
+    if broadcast(model.exists()):
+        return model
+    if problem := find_damage(path):
+        raise ValueError(problem)
+    student = checkpoint.read_json(path / STATE).get("student")
+    if student is None:
+        raise ValueError(f"{path}: a checkpoint of another training than train.py distill, or of "
+                         f"an older version; let its run end, and give the run's folder")
+    interpolator = student["interpolator"]
+    if interpolator and not Path(interpolator).exists():
+        raise ValueError(f"{path}: {interpolator}, which its run samples with, is gone; put it "
+                         f"back")
+    if rank() == 0:
+        print(f"note: the student of {path} is written to {model}")
+        try:
+            part.mkdir()
+            write_student(part, load_student(path), **student)
+            os.replace(part, model)
+        except OSError:
+            if not model.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    all_gather(None)  # wait for the first rank
+    return model

@@ -46,6 +46,7 @@ th, td { padding: .35rem .4rem; vertical-align: top; text-align: left; font-weig
 .videos img { display: block; width: 100%; image-rendering: pixelated }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)) }
 figure { margin: 1rem 0; max-width: 60rem }
+figure img { max-width: 100% }
 svg { width: 100%; height: auto }
 """
 
@@ -63,7 +64,6 @@ def write(file, title, body):
 {body}
 </body></html>
 """, encoding="utf-8")
-    print(f"open {file}")
 
 
 def table(rows, kind="numbers"):

@@ -4,10 +4,11 @@ import torch
 from tqdm import tqdm
 
 from runtime.data import Toy
-from runtime.distributed import broadcast, rank
+from runtime.distributed import all_gather, broadcast, rank, world_size
 from runtime.media import thumbnails, write_contact_sheet
-from runtime.run import make_generator
-from tiny_wan import ToyCodec, WanConfig, open_codec, world
+from runtime.meter import mean_readings
+from runtime.run import make_generator, naming_errors
+from tiny_wan import ToyCodec, WanConfig, checkpoint, open_codec, world
 from tiny_wan.codec import is_out_of_memory
 
 GRID_SEED = 1000  # its prompts are for pictures and for choosing; no training run uses it
@@ -18,7 +19,8 @@ class Pictures:
 
     def __init__(self, data, open_codec, device, count=8, batch_size=256):
         self.open_codec, self.device, self.batch_size = open_codec, device, batch_size
-        _, self.text, self.prompts = data.batch(range(count))
+        real, self.text, self.prompts = data.batch(range(count))
+        self.real = real if data.has_videos else None
         noise = make_generator(GRID_SEED, "grid")
         self.noise = torch.randn((count, *data.latent_shape), generator=noise)
 
@@ -27,25 +29,54 @@ class Pictures:
         return cls(Toy(ToyCodec(), GRID_SEED), ToyCodec, device, count)
 
     def sample(self, sampler):
-        """Latents of `sampler(noise, text)`."""
-        batches = zip(self.noise.split(self.batch_size), self.text.split(self.batch_size))
-        return torch.cat([sampler(noise.to(self.device), text.to(self.device)).cpu()
-                          for noise, text in batches])
+        """Latents of `sampler(noise, text)`, which the ranks share out. All of them get all."""
+        batches = list(zip(self.noise.split(self.batch_size), self.text.split(self.batch_size)))
+        each = -(-len(batches) // world_size())  # of equal number, as a sharded model needs
+        ours = {}
+        for i in range(rank() * each, (rank() + 1) * each):
+            noise, text = batches[i % len(batches)]
+            ours[i % len(batches)] = sampler(noise.to(self.device), text.to(self.device)).cpu()
+        found = {i: latents for part in all_gather(ours) for i, latents in part.items()}
+        return torch.cat([found[i] for i in range(len(batches))])
 
-    def write(self, path, sampler):
-        """Write a contact sheet; the videos' saturation, for the log. All ranks must call this."""
-        latents = self.sample(sampler)
-        if rank() > 0:
-            return {}
+    def decode(self, latents, path):
+        """Videos, or None with a message that `path` is not written."""
         try:
-            videos = self.open_codec().decode(latents).cpu()
+            return self.open_codec().decode(latents).cpu()
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             tqdm.write(f"{path}: not written ({error})")
+            return None
+
+    def write(self, path, sampler):
+        """Write a contact sheet; the videos' readings, for the log. All ranks must call this."""
+        latents = self.sample(sampler)
+        videos = self.decode(latents, path) if rank() == 0 else None
+        if videos is None:
             return {}
         write_contact_sheet(path, map(thumbnails, videos))
-        return {"saturation": (videos.amax(1) - videos.amin(1)).mean().item()}
+        return mean_readings(videos)
+
+    def write_reference(self, file, teacher):
+        """Write the prompts, and the readings of the teacher's videos and of real ones, unless the
+        file has them already.
+
+        teacher: its sampler. All ranks must call this.
+        """
+        there = file.exists() and checkpoint.read_json(file)
+        if broadcast(there and there.get("prompts") == self.prompts):  # others, if data changed
+            return
+        if rank() == 0:
+            tqdm.write(f"{file}: sampling the teacher's videos, once in a run")
+        latents = {"teacher": self.sample(teacher), "real": self.real}
+        if rank() == 0:
+            videos = {name: self.decode(x, file) for name, x in latents.items() if x is not None}
+            part = file.with_suffix(".part")
+            with naming_errors(file):
+                checkpoint.write_json(part, {"prompts": self.prompts, "readings": {
+                    name: mean_readings(x) for name, x in videos.items() if x is not None}})
+                part.replace(file)
 
     def score(self, sampler):
         """What the toy's oracle reads off the videos: the mean of each score."""

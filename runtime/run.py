@@ -144,7 +144,7 @@ class Run:
                 run.save(step)
     """
 
-    def __init__(self, args, state):
+    def __init__(self, args, state, student=None):
         self.args, self.state = args, state
         make_folder(args.out)
         (args.out / "samples").mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ class Run:
             stack.enter_context(lock_folder(args.out))
             check_shared(args.out)
             self.checkpointer = Checkpointer(args.out, fixed_flags(args), args.keep,
-                                             args.keep_every)
+                                             args.keep_every, student)
             self.start = self.checkpointer.load(state)
             if rank() == 0:
                 for log in ("metrics.jsonl", "times.jsonl"):  # steps after the checkpoint run again
@@ -181,6 +181,10 @@ class Run:
 
     def picture_due(self, step):
         return (step + 1) % self.args.sample_every == 0 or step + 1 == self.args.steps
+
+    def report_due(self, step):
+        """With each picture, but not in a run that is too short for a curve."""
+        return self.picture_due(step) and step + 1 >= self.args.sample_every
 
     def picture(self, step):
         return self.args.out / "samples" / f"{step + 1:06d}.png"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 import sample
 import train
 from adavid import AVDConfig, FrameInterpolator
+from runtime.checkpoints import sha256
 from tests import miniature_wan
 from tests.helpers import FOUR_STEPS, complaint
 from tests.torture.random_numbers import try_numbers, without_limits
@@ -70,6 +71,14 @@ def edit_tensors(file, tensors, **metadata):
             notes = weights.metadata() or {}
         edited = {name: x for name, x in (load_file(file) | tensors).items() if x is not None}
         save_file(edited, file, notes | metadata)
+    return breaks
+
+
+def edit_state(**values):
+    """Replace what a checkpoint's state.json says, and its checksum."""
+    def breaks():
+        edit_json(f"{CHECKPOINT}/state.json", **values)()
+        edit_json(SUMS, **{"state.json": sha256(f"{CHECKPOINT}/state.json")})()
     return breaks
 
 
@@ -204,6 +213,12 @@ BAD_INPUT = {
         (f"{WEIGHTS_INDEX} '../b'", edit_json(WEIGHTS_INDEX, weight_map={"a": "../b"})),
         (f"bbb {FILE}.index.json", edit_json(WEIGHTS_INDEX, weight_map={"a": "b" * 5000})),
         ("sharded missing", index_without_a_shard),
+    ],
+    "sample checkpoint": [
+        (CHECKPOINT, cut(f"{CHECKPOINT}/*.safetensors")),
+        (f"{CHECKPOINT} train.py distill", edit_state(student=None)),
+        (f"{CHECKPOINT} nowhere.safetensors", edit_state(student={
+            "interpolator": "nowhere.safetensors"})),
     ],
     "train": [
         ("x/interpolator.safetensors replaced", "interpolator --out x --device cpu",

@@ -26,7 +26,7 @@ from tests.helpers import (
     saved,
     torchrun,
 )
-from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
+from tiny_wan import WEIGHTS, ToyCodec, WanModel, checkpoint, world
 from tools import export
 
 SMALL = ["--sample-every", 100]
@@ -131,6 +131,38 @@ def test_averaged_weights_follow_the_students(whole, toy_folder, tmp_path):
         assert torch.equal(tensors["student." + name], plain["student." + name])
     assert any(not torch.equal(kept[n], tensors["student." + n])
                and not torch.equal(kept[n], teacher[n].float()) for n in kept)
+
+
+@pytest.mark.parametrize("flags, ranks", [
+    ([], 1), ([], 2), (["--ema", 0.5], 1), (["--lora", 4], 1)])
+def test_any_checkpoint_is_the_model_that_its_run_would_have_written(
+        flags, ranks, whole, toy_folder, tmp_path, capsys):
+    run = trained(toy_folder, tmp_path / "run", *flags, *EACH_STEP) if flags else whole[ranks]
+    *_, middle, last = list_checkpoints(run)
+    models = [(last, run)]
+    if ranks == 1:
+        models.append((middle, trained(toy_folder, tmp_path / "short", *flags, steps=2)))
+    file = lora.FILE if "--lora" in flags else checkpoint.FILE
+    for number, paths in enumerate(models):
+        videos = []
+        for path in paths:
+            out = tmp_path / f"{number}-{path.name}"
+            model = ["--model", toy_folder, "--lora", path] if "--lora" in flags else [
+                "--model", path]
+            assert sample.main(["a red ball", *map(str, model), "--out", str(out), "--device",
+                                "cpu", "--save-latents"]) == 0
+            video, = out.glob("*.mp4")
+            videos.append((video.read_bytes(), (out / "latents.safetensors").read_bytes()))
+        assert videos[0] == videos[1]
+        kept, ended = paths[0] / "model", paths[1]
+        assert equal(load_file(kept / file), load_file(ended / file))
+        assert checkpoint.read_metadata(kept) == checkpoint.read_metadata(ended)
+        for name in ("config.json", "interpolator.safetensors"):
+            if (ended / name).exists():
+                assert (kept / name).read_bytes() == (ended / name).read_bytes()
+    assert not list(run.rglob("*.part"))
+    if "--lora" in flags:
+        assert "a LoRA" in complaint(capsys, sample.main(["a red ball", "--model", str(last)]))
 
 
 def test_a_student_may_start_elsewhere(whole, toy_folder, tmp_path):
@@ -308,7 +340,7 @@ def test_diffusers_and_comfyui_read_our_adapter_and_we_merge_it(tmp_path):
     g = torch.Generator().manual_seed(0)
     for p in student.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=g)
-    student.save_adapter(tmp_path, {"method": "AVD"})
+    lora.write_adapter(tmp_path, student.state_dict(), {"method": "AVD"})
     x, t = torch.randn(1, 16, 3, 8, 8, generator=g), torch.tensor([522.0])
     text = torch.randn(1, 512, 32, generator=g)
     wanted = student(x, t, text)
@@ -388,7 +420,7 @@ def test_export_merges_to_the_bits_that_sample_computes_with(inputs, tmp_path):
     g = torch.Generator().manual_seed(0)
     for p in student.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=g)
-    student.save_adapter(tmp_path, {"method": "AVD"})
+    lora.write_adapter(tmp_path, student.state_dict(), {"method": "AVD"})
     assert export.main(["--model", str(tmp_path / "base"), "--lora", str(tmp_path / lora.FILE),
                         "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
     sampled = lora.load_merged(tmp_path / "base", torch.bfloat16, "cpu",

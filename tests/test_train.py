@@ -88,7 +88,7 @@ def test_every_number_of_the_method_changes_behaviour(name, toy_folder, unchange
 def test_a_run_that_ctrl_c_interrupts_resumes_to_the_same_bits(toy_folder, tmp_path):
     """Ctrl-C in a real process, then the same command again."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ["--save-every", 1000, "--critic-updates", 1]
+    flags = ["--save-every", 1000, "--critic-updates", 1, "--sample-every", 1000]
     assert distill(toy_folder, whole, *flags, steps=24) == 0
 
     program = Program("train.py", "distill", "--model", toy_folder, "--batch-size", 2,
@@ -288,5 +288,6 @@ def test_a_run_whose_motion_falls_says_so(toy_folder, tmp_path, capsys, monkeypa
     means = run.all_reduce_mean
     monkeypatch.setattr(run, "all_reduce_mean", lambda metrics: means(metrics) | {
         "variance": 0.3, "data_variance": 1.0})
-    assert distill(toy_folder, tmp_path, "--critic-updates", 0, steps=21, batch_size=1) == 0
+    flags = ["--critic-updates", 0, "--sample-every", 100]
+    assert distill(toy_folder, tmp_path, *flags, steps=21, batch_size=1) == 0
     assert capsys.readouterr().out.count("30% of the data's") == 1

@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from PIL import Image
 import adavid
 from runtime import cli, page
 from runtime.models import load_config, load_interpolator
+from runtime.report import CHARTS, STUDENT, draw_curves, new_chart
 from sample import sample_batches
 from tiny_wan import WEIGHTS, ToyCodec, WanModel, world
 
@@ -41,7 +41,7 @@ DEMO_SEED = 1001  # of the page's prompts and noise: no training run uses it
 PROMPTS, BATCH_SIZE = 24, 12
 RUNS = {  # name, colour in charts, and flags of train.py
     "dmd": ("DMD", "#e0722f", ["--lambda-reg", "0", "--lambda-temp", "0"]),
-    "avd": ("AVD", "#3b82d6", [])}
+    "avd": ("AVD", STUDENT, [])}
 
 
 @dataclass
@@ -121,11 +121,13 @@ def write_report(args):
     draw_gif(args.out / "demo.gif", (teacher, dmd, avd), {i: prompts[i] for i in shown[:4]})
 
     sheet, charts = Figure(figsize=(13, 6), layout="constrained"), ""
+    runs = [(label, colour, logs[run]) for run, (label, colour, _) in RUNS.items()]
     for axes, (title, name, healthy) in zip(sheet.subplots(2, 3).flat, CHARTS):
-        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+        figure = new_chart()
         for place in (axes, figure.subplots()):
-            draw_curves(place, logs, title, name)
-        charts += page.chart(figure, f"Healthy: {healthy}")
+            draw_curves(place, runs, title + " (AVD only)" * name.endswith("_"), name)
+        note = " DMD does not train on it." * (name == "temp")
+        charts += page.chart(figure, f"Healthy: {healthy}{note}")
     sheet.savefig(args.out / "curves.png", dpi=80)
 
     videos = page.video_table([f"{c.name}\n{c.text}" for c in columns], {
@@ -141,6 +143,7 @@ the network, a step of a student one.</p>
 One prompt makes {1 / PROMPTS:.2f}, so small differences mean nothing.</p>
 <h2>Training</h2><div class=charts>{charts}</div>
 <h2>Set-up</h2>{setup(args)}""")
+    print(f"open {args.out / 'report.html'}")
 
 
 def sample_all(args, prompts):
@@ -195,48 +198,6 @@ def setup(args):
             + page.table([["number", "paper", "DMD", "AVD"], *(
                 [name, value, dmd[name], avd[name]] for name, value in paper.items()
                 if not value == dmd[name] == avd[name])]))
-
-
-CHARTS = (  # title, name in the log (of AVD's, the start of four), and what is healthy
-    ("Distribution matching at the last step", "dmd",
-     "it rises until the critic has caught up, falls, and levels off."),
-    ("Critic: loss", "critic", "level, or rising slowly while the videos sharpen."),
-    ("Regression: loss on real videos (AVD only)", "reg_", "calm at the later steps."),
-    ("Regression: adaptive weight (AVD only)", "weight_", "spread around one half."),
-    ("Temporal loss at the last step", "temp",
-     "it falls; it need not reach zero. DMD does not train on it."),
-    ("Temporal variance at the last step", "variance", "close to the real data's."))
-
-
-def draw_curves(axes, logs, title, name):
-    """A metric as logged, faintly, and its running mean.
-
-    What the student's videos decide depends on the step at which they end, which changes from cycle
-    to cycle. One curve through all cycles would be a saw, so it shows those of the last step.
-    """
-    lines = [(label, colour, run, name) for run, (label, colour, _) in RUNS.items()]
-    if name == "variance":
-        lines = [("real data", page.INK, "avd", "data_variance"), *lines]
-    elif name.endswith("_"):
-        timesteps = [key.removeprefix("cache_") for key in logs["avd"][0] if "cache_" in key]
-        lines = [(f"t = {t}", f"C{i}", "avd", name + t) for i, t in enumerate(timesteps)]
-    for label, colour, run, key in lines:
-        steps, values = curve(logs[run], key)
-        axes.plot(steps, values, color=colour, alpha=0.45, linewidth=0.8)
-        mean = accumulate(values, lambda old, new: 0.8 * old + 0.2 * new)
-        axes.plot(steps, list(mean), color=colour, label=label)
-    axes.set_title(title, pad=24)
-    axes.legend(ncols=len(lines), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0,
-                handlelength=1, columnspacing=1)
-
-
-def curve(log, name):
-    """The steps that logged a value, and the values. A value that was not finite is null."""
-    if name in ("dmd", "temp", "variance"):
-        last = max(line["rollout_step"] for line in log)
-        log = [line for line in log if line["rollout_step"] == last]
-    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def draw_gif(path, columns, prompts):

@@ -16,7 +16,7 @@ import torch
 from adavid import AnyNumber, Limits
 from runtime import cli
 from runtime.lora import FILE, check_loras, extract, load_merged
-from runtime.models import check_out, find_interpolator, find_numbers
+from runtime.models import check_out, checkpoint_to_model, find_interpolator, find_numbers
 from tiny_wan import WanModel, checkpoint
 
 STUDENT_SCHEDULER = {  # renoises each prediction, as adavid.sample does
@@ -32,13 +32,14 @@ class Export:
     """Write a model in another layout."""
 
     model: Path
-    """student or teacher, in any layout"""
+    """student or teacher, in any layout, or a checkpoint of a training"""
     out: Path
     """folder to write; with --layout comfyui it may be a file, with a name in .safetensors"""
     layout: Literal[checkpoint.LAYOUTS] | None = None
     """of the files to write; by default diffusers"""
     lora: tuple[Path, ...] = ()
-    """LoRAs of this model, files or their folders; they are merged into the weights"""
+    """LoRAs of this model, files, their folders, or checkpoints of a training with --lora; they are
+    merged into the weights"""
     lora_scale: tuple[AnyNumber, ...] = ()
     """the weight of each LoRA; by default 1"""
     lora_rank: Annotated[int, Limits(1, 2**12)] | None = None
@@ -56,6 +57,8 @@ def main(argv=None):
 def run(args):
     if (args.lora_rank is None) != (args.base is None):
         raise ValueError("--lora-rank and --base go together")
+    check_out(args.out, [args.model, *args.lora])
+    args.model, *args.lora = map(checkpoint_to_model, (args.model, *args.lora))
     if args.base:
         if args.lora or args.layout or args.dtype:
             raise ValueError("--lora-rank writes one float32 file, which all programs read: leave "

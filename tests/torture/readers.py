@@ -51,6 +51,8 @@ READERS = {
     "sample shards": Reader(sample.main, f"'a red ball' --model sharded {CPU}", "sharded"),
     "sample diffusers": Reader(sample.main, f"{PIXEL} --model diffusers", "diffusers"),
     "sample original": Reader(sample.main, f"{PIXEL} --model original", "original"),
+    "sample checkpoint": Reader(
+        sample.main, f"'a red ball' --model run/checkpoints/000001 {CPU}", "run"),
     "train": Reader(train.main, ""),
     "distill": Reader(train.main, f"{DISTILL} 1 --model toy --out out", "toy"),
     "distill shards": Reader(
