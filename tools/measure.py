@@ -13,10 +13,14 @@ import math
 import re
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -81,21 +85,30 @@ def find_videos(folder):
 
 def measure_videos(folder, files):
     """{name: readings} of each video. Videos of one prompt share their diversity."""
-    result, seeds = {}, defaultdict(list)
-    for file in tqdm(files, desc=folder, unit="video"):
-        try:
-            video = read_video(file, height=HEIGHT)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        if video.shape[1] < 3:
-            raise ValueError(f"{file}: has {video.shape[1]} frames, and 3 are needed")
-        result[file.name] = readings(video)
-        seeds[prompt_of(file.name)].append((file.name, video))
-    for some in seeds.values():
-        names, videos = zip(*some)
-        for name in names:
-            result[name]["diversity"] = diversity(videos)
-    return result
+    result = {}
+    ordered = sorted(files, key=lambda file: prompt_of(file.name))
+    # ffmpeg decodes in processes of its own. One thread of torch in each of ours keeps the numbers
+    # the same on any machine.
+    with ThreadPoolExecutor(initializer=partial(torch.set_num_threads, 1)) as pool:
+        measured = tqdm(zip(ordered, pool.map(measure_video, ordered)), desc=folder,
+                        unit="video", total=len(files))
+        for _, some in groupby(measured, key=lambda pair: prompt_of(pair[0].name)):
+            group, pairs = zip(*some)
+            values, videos = zip(*pairs)
+            shared = {"diversity": diversity(videos)}
+            result |= {file.name: each | shared for file, each in zip(group, values)}
+    return {file.name: result[file.name] for file in files}
+
+
+def measure_video(file):
+    """A video's readings, and the video. ValueError names the file."""
+    try:
+        video = read_video(file, height=HEIGHT)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if video.shape[1] < 3:
+        raise ValueError(f"{file}: has {video.shape[1]} frames, and 3 are needed")
+    return readings(video), video
 
 
 # ---------------------------------------------------------------------------------------------
