@@ -1,5 +1,6 @@
 """Reading videos; writing videos and pictures."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -11,6 +12,8 @@ import imageio_ffmpeg
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+
+from tiny_wan import checkpoint
 
 SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".ts", ".mts", ".m2ts", ".mpg",
             ".mpeg", ".vob", ".flv", ".wmv", ".asf", ".3gp", ".ogv"}  # of videos that can be read
@@ -139,6 +142,16 @@ def has_hole(file, seconds=None):
     return bytes(64) in packets
 
 
+def is_whole(file, frames):
+    """Whether a video is there, has this number of frames, and all of them can be decoded."""
+    if not file.exists():
+        return False
+    lines, _, code = run_ffmpeg(
+        "-xerror", "-err_detect", "explode", *INPUT, f"file:{file.resolve()}", "-map", "0:V:0",
+        "-fps_mode", "passthrough", "-f", "framecrc", "pipe:")
+    return code == 0 and frames == sum(line[:1] != b"#" for line in lines.splitlines())
+
+
 def read_video(file, frames=None, height=None, width=None, fps=None):
     """RGB in [0, 1] `[3, f, h, w]`: what is trained on and what is measured.
 
@@ -203,13 +216,19 @@ def to_bytes(frames, height, least):
 
 
 def write_video(path, video, fps):
-    """Write a video `[3, f, h, w]` in [0, 1] as mp4, in BT.709, as its tags tell the players."""
+    """Write a video `[3, f, h, w]` in [0, 1] as mp4, in BT.709, as its tags tell the players.
+
+    The file has its name only when it is whole.
+    """
     frames = to_bytes(rearrange(video, "c f h w -> f h w c"), video.shape[-2], least=256)
     filters = ("scale=2*ceil(iw/2):2*ceil(ih/2):out_color_matrix=bt709:out_range=tv"
                ":flags=accurate_rnd+full_chroma_int+full_chroma_inp,format=yuv420p,"
                "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-    iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=1,
-                output_params=["-vf", filters])
+    part = path.with_name(f"{path.name}.part")
+    iio.imwrite(part, frames, extension=".mp4", fps=fps, codec="libx264", macro_block_size=1,
+                output_params=["-vf", filters, "-f", "mp4"])
+    checkpoint.fsync(part)
+    os.replace(part, path)
 
 
 def thumbnails(video, columns=9, height=128):
