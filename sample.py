@@ -2,14 +2,23 @@
 
     python sample.py "a red ball moving left fast above a blue ball"
     python sample.py "a cat walks on grass" --model Wan2.1-T2V-1.3B --teacher
+    torchrun --nproc_per_node 8 sample.py --prompts-file prompts.txt --model Wan2.1-T2V-1.3B ...
 
 Writes an mp4 for each prompt, a contact sheet of the first ones, and captions.jsonl, which says
-which video has which prompt; tools.encode reads it.
+which video has which prompt; tools.encode reads it. torchrun shares the videos among GPUs. A run
+that was stopped goes on with the same command: it checks the videos that are there, and makes the
+others.
 """
 
+import contextlib
+import hashlib
+import io
 import json
+import os
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,14 +31,29 @@ from tqdm import tqdm
 import adavid
 from adavid import AnyNumber, Limits, Positive, Stride, Timestep
 from runtime import cli
+from runtime.distributed import Watchdog, all_gather, broadcast, init_distributed, rank, world_size
 from runtime.lora import check_loras, load_merged
-from runtime.media import file_names, thumbnails, write_contact_sheet, write_video
-from runtime.models import check_out, checkpoint_to_model, find_numbers, load_interpolator
+from runtime.media import (
+    file_names,
+    is_whole,
+    read_video,
+    thumbnails,
+    write_contact_sheet,
+    write_video,
+)
+from runtime.models import (
+    check_out,
+    checkpoint_to_model,
+    find_interpolator,
+    find_numbers,
+    load_interpolator,
+)
+from runtime.run import check_shared, make_folder
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
 from tiny_wan.codec import check_finite
 
 FrameRate = Annotated[int, Limits(1, 1000)]
-SHOWN = 16  # rows of the contact sheet
+SHOWN, HEIGHT = 16, 128  # rows of the contact sheet, and their height in pixels
 LONGEST = 10_000  # characters of a prompt
 
 
@@ -58,7 +82,7 @@ class Sample:
     """folder with Wan's text encoder and VAE; by default the model's folder"""
     out: Path | None = None
     """folder for the videos and the contact sheet; by default runs/samples, or runs/samples-2 and
-    so on while that holds those of other prompts, seeds or models"""
+    so on while that holds those of other prompts, seeds, models or settings"""
     frames: cli.Size | None = None
     """of the video; by default 81 for Wan and 9 for the toy"""
     height: cli.Size | None = None
@@ -98,17 +122,19 @@ class Sample:
     compile: bool = False
     """torch.compile the transformer's blocks: a minute to start, then faster"""
     save_latents: bool = False
-    """also write latents.safetensors"""
+    """also write latents.safetensors; not with torchrun, and all videos are made again"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
 
 
 def main(argv=None):
-    return cli.run(run, Sample, argv)
+    first = os.environ.get("RANK", "0") == "0"  # which speaks for all
+    with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+        return cli.run(run, Sample, argv)
 
 
 def run(args):
-    device, watch = cli.pick_device(args.device), cli.Stopwatch()
+    device, watch = init_distributed(args.device), cli.Stopwatch()
     args.model = args.model or (WEIGHTS if args.teacher else STUDENT)
     prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
@@ -116,6 +142,8 @@ def run(args):
     titles = read_prompts(args.names_file) if args.names_file else prompts
     if len(titles) != len(prompts):
         raise ValueError(f"{args.names_file}: has {len(titles)} names for {len(prompts)} prompts")
+    if args.save_latents and world_size() > 1:
+        raise ValueError("--save-latents needs a single process; leave out torchrun")
 
     scales = args.lora_scale or (1.0,) * len(args.lora)
     if len(scales) != len(args.lora):
@@ -146,30 +174,44 @@ def run(args):
     codec.prepare()
     batch_size = args.batch_size or codec.batch_size
     fps = args.fps or stored_fps(numbers.source or args.model) or codec.fps
+    negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
     prompts = [line for line in prompts for _ in range(args.videos_per_prompt)]
     names = list(file_names([line for line in titles for _ in range(args.videos_per_prompt)]))
+
+    # What else decides the pixels, so that a run does not go on with other settings.
+    settings = identify(
+        args, scales, interpolator, config.to_json(), shape, fps, str(dtype), args.vae_dtype,
+        [args.steps, args.shift, negative] if args.teacher else [])
     model_name = " + ".join(str(path.resolve()) for path in (args.model, *args.lora))
-    captions = "".join(
-        json.dumps({"video": name, "caption": prompt, "seed": args.seed + i, "model": model_name})
-        + "\n" for i, (name, prompt) in enumerate(zip(names, prompts)))
-    out = choose_folder(args.out, captions)
-    out.mkdir(parents=True, exist_ok=True)
+    captions = broadcast("".join(
+        json.dumps({"video": name, "caption": prompt, "seed": args.seed + i, "model": model_name,
+                    "settings": settings})
+        + "\n" for i, (name, prompt) in enumerate(zip(names, prompts))))
+    out = broadcast(choose_folder(args.out, captions))
+    make_folder(out)
+    check_shared(out)
 
-    with watch("encode prompts"):
-        negative = codec.negative_prompt if args.negative_prompt is None else args.negative_prompt
-        *text, null_text = codec.encode_text([*prompts[::args.videos_per_prompt], negative])
-        null_text = null_text[None].to(device)
-        text = torch.stack(text)
-    with watch("load"):
-        dtype, loras = dtype or torch.float32, zip(args.lora, scales)
-        model = (load_merged(args.model, dtype, device, loras) if args.lora
-                 else WanModel.from_pretrained(args.model, dtype, device)).eval()
-        if args.compile:
-            for block in model.blocks:
-                block.compile()
+    # Ranks share whole batches, as a video's last bits depend on the size of its batch.
+    whole = find_whole(out, names, (shape[1] - 1) * codec.time_factor + 1, args.save_latents)
+    batches = [range(len(prompts))[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
+    batches = [batch for batch in batches if not all(names[i] in whole for i in batch)]
+    mine = batches[rank()::world_size()]
+    if whole:
+        print(f"{len(whole)} of {len(prompts)} videos are there already")
 
-    forwards = 2 * args.steps if args.teacher else len(config.timesteps)
-    bar = tqdm(desc="denoise", unit="forward", total=forwards * -(-len(prompts) // batch_size))
+    def load():
+        """The model, and {prompt: its embedding} of this rank's prompts."""
+        with watch("encode prompts"):
+            wanted = list(dict.fromkeys(prompts[i] for batch in mine for i in batch))
+            *text, null_text = codec.encode_text([*wanted, negative])
+        with watch("load"):
+            weights, loras = dtype or torch.float32, zip(args.lora, scales)
+            model = (load_merged(args.model, weights, device, loras) if args.lora
+                     else WanModel.from_pretrained(args.model, weights, device)).eval()
+            if args.compile:
+                for block in model.blocks:
+                    block.compile()
+        return model, dict(zip(wanted, text)), null_text[None].to(device)
 
     def counted(*inputs, **options):
         velocity = model(*inputs, **options)
@@ -190,21 +232,35 @@ def run(args):
         check_finite("the latents", latents)
         return latents
 
-    rows, kept, paths = [], [], (out / name for name in names)
-    with bar:
-        for latents in sample_batches(sampler, text, shape, args.seed, batch_size,
-                                      args.videos_per_prompt):
-            with watch("decode and write"):
-                videos = codec.decode(latents).cpu()
-                if not rows:  # not earlier, as a video that is not finite leaves no file
-                    (out / "captions.jsonl").write_text(captions, encoding="utf-8")
-                for video in videos:
-                    write_video(next(paths), video, fps)
-                    if len(rows) < SHOWN:
-                        rows.append(thumbnails(video))
-            if args.save_latents:
-                kept.append(latents)
-    write_contact_sheet(out / "contact_sheet.png", rows)
+    kept = []
+    try:
+        if mine:
+            model, text, null_text = load()
+        forwards = 2 * args.steps if args.teacher else len(config.timesteps)
+        share = f" (the first of {world_size()} ranks)" if world_size() > 1 else ""
+        with Watchdog(), tqdm(desc=f"denoise{share}", unit="forward", disable=rank() > 0,
+                              total=forwards * len(mine)) as bar:
+            for batch in mine:
+                latents = sample_batch(sampler, torch.stack([text[prompts[i]] for i in batch]),
+                                       shape, args.seed, batch)
+                with watch("decode and write"):
+                    videos = codec.decode(latents).cpu()
+                    # Not earlier, as a video that is not finite leaves no file.
+                    write_captions(out, captions)
+                    for i, video in zip(batch, videos):
+                        write_video(out / names[i], video, fps)
+                if args.save_latents:
+                    kept.append(latents)
+            if rank() > 0:
+                return
+            while not all((out / names[i]).exists() for batch in batches for i in batch):
+                time.sleep(0.2)  # for the other ranks
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("stopped; the same command goes on with the remaining videos", file=sys.stderr)
+        raise
+    write_contact_sheet(out / "contact_sheet.png", [
+        thumbnails(read_video(out / name, height=HEIGHT)) for name in names[:SHOWN]])
     if kept:
         checkpoint.write_files({out / "latents.safetensors": {"latents": torch.cat(kept)}})
     print(watch)
@@ -222,17 +278,54 @@ def stored_fps(file):
 
 def choose_folder(out, captions):
     """The folder for videos with these `captions`, the content of a file: `out`, or the first of
-    runs/samples, runs/samples-2, ... that is free.
+    runs/samples, runs/samples-2, ... that is free or has them.
 
-    ValueError if `out` holds videos of other prompts, seeds or models, as runs would be mixed.
+    ValueError if `out` holds videos of other prompts, seeds, models or settings, as runs would be
+    mixed.
     """
     numbered = (Path("runs", "samples" + f"-{n}" * (n > 1)) for n in count(1))
     for folder in [out] if out else numbered:
         file = folder / "captions.jsonl"
         if not file.exists() or checkpoint.read_text(file) == captions:
             return folder
-    raise ValueError(f"--out {out}: holds videos of other prompts, another seed or another model; "
-                     f"delete it, or choose another folder")
+    raise ValueError(f"--out {out}: holds videos of other prompts, another seed, another model or "
+                     f"other settings; delete it, or choose another folder")
+
+
+def identify(args, scales, interpolator, *settings):
+    """A digest of the settings that decide the pixels, and of when the weights were written."""
+    files = [file for path in (args.model, *args.lora) for file in checkpoint.weight_files(path)]
+    files += [] if interpolator is None else [find_interpolator(*args.lora, args.model)]
+    times = [file.stat().st_mtime_ns for file in files]
+    text = json.dumps([scales, str(args.codec), times, *settings])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find_whole(out, names, frames, again):
+    """The set of those videos that are whole, which ranks check together; deletes the others.
+
+    again: make all again. So are those of an unknown run, without captions.jsonl.
+    """
+    known = broadcast(not again and (out / "captions.jsonl").exists())
+    mine = [out / name for name in names[rank()::world_size()]]
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(lambda file: known and is_whole(file, frames), mine)
+        checks = list(tqdm(checks, desc="check", unit="video", total=len(mine), leave=False,
+                           disable=rank() > 0 or not known))
+    for file, good in zip(mine, checks):
+        if not good:
+            file.unlink(missing_ok=True)
+    return {file.name for some in all_gather([file for file, good in zip(mine, checks) if good])
+            for file in some}
+
+
+def write_captions(out, captions):
+    """Write captions.jsonl, whole at once, unless it is there."""
+    file = out / "captions.jsonl"
+    if not file.exists():
+        part = file.with_name(f"{file.name}-{rank()}.part")
+        part.write_text(captions, encoding="utf-8")
+        part.replace(file)
 
 
 def choose_steps(args, config):
@@ -270,12 +363,17 @@ def read_prompts(path):
     return [line for line in lines if line]
 
 
-def sample_batches(sampler, text, latent_shape, seed, batch_size, videos_per_prompt=1):
+def sample_batches(sampler, text, latent_shape, seed, batch_size):
     """Yield latents of `sampler(noise, text, generator)` in batches. Video i has seed + i."""
-    for batch in torch.arange(len(text) * videos_per_prompt).split(batch_size):
-        generator = [torch.Generator().manual_seed(seed + i) for i in batch.tolist()]
-        noise = adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator)
-        yield sampler(noise, text[batch // videos_per_prompt], generator)
+    for batch in torch.arange(len(text)).split(batch_size):
+        yield sample_batch(sampler, text[batch], latent_shape, seed, batch.tolist())
+
+
+def sample_batch(sampler, text, latent_shape, seed, batch):
+    """Latents of `sampler(noise, text, generator)` for the videos with these numbers."""
+    generator = [torch.Generator().manual_seed(seed + i) for i in batch]
+    return sampler(adavid.draw(torch.randn, (len(batch), *latent_shape), text, generator), text,
+                   generator)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,6 @@ class Watchdog:
                 self.exit("torchrun's store is gone, and with it the first node")
 
     def exit(self, why):
-        cli.fail(f"{why}; the same command resumes from the last checkpoint")
+        cli.fail(f"{why}; the same command resumes")
         time.sleep(1)  # torchrun names the rank that it sees end first: let that be the dead one
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts

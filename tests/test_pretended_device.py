@@ -45,7 +45,7 @@ def test_a_program_keeps_its_tensors_together(name, kind, inputs, outs):
     module, flags = PROGRAMS[name]
     out = outs / {"resume": "distill"}.get(name, name)
     argv = [*Reader.arguments(flags, inputs), "--out", str(out), "--device", kind]
-    with pretended(kind, train, encode):
+    with pretended(kind, train, sample, encode):
         assert module.main(argv) == 0
 
 

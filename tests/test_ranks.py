@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -463,6 +464,50 @@ def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_
     code = sample.main(["a red ball", "--model", str(toy_folder), "--lora", str(
         tmp_path / "3" / lora.FILE), "--lora-scale", "1", "2", "--out", str(tmp_path / "x")])
     assert "2 weights for 1 LoRA" in complaint(capsys, code)
+
+
+# --- sampling --------------------------------------------------------------------------------
+
+def test_two_ranks_that_are_killed_twice_make_one_processs_videos(toy_folder, tmp_path):
+    (tmp_path / "die.py").write_text("""
+import os, random, signal, sys, threading, time, sample
+from pathlib import Path
+def die():
+    while len(list(Path("two").glob("*.mp4"))) < int(os.environ["TORCHELASTIC_RESTART_COUNT"]) * \
+            20 + 10:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
+    threading.Thread(target=die, daemon=True).start()
+sys.exit(sample.main(sys.argv[1:]))
+""")
+    words = ["a red ball", "a blue ball", "--videos-per-prompt", "32", "--batch-size", "4",
+             "--frames", "3", "--model", str(toy_folder), "--device", "cpu", "--out"]
+    assert sample.main([*words, str(tmp_path / "one")]) == 0
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+    assert len(whole) == 64 + 2
+
+    ended, seen, wrong = threading.Event(), set(), []
+
+    def watch():
+        while not ended.wait(0.005):
+            for file in (tmp_path / "two").glob("*.mp4"):
+                if file not in seen:
+                    seen.add(file)
+                    wrong.extend([file] * (file.read_bytes() != whole[file.name]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = torchrun("--max-restarts", 2, "die.py", *words, "two", cwd=tmp_path)
+    ended.set()
+    watcher.join()
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^[1-6]\d of 64 videos are there already", result.stdout, re.M)) == 2
+    assert len(seen) == 64 and not wrong
+    made = {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
+    assert made.keys() == whole.keys()
+    assert [name for name in whole if made[name] != whole[name]] == []
 
 
 # --- what must not go wrong with several ranks -----------------------------------------------

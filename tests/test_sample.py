@@ -1,5 +1,6 @@
 """From prompts to files."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sample
-from runtime.media import file_names
+from runtime.media import file_names, write_video
 from tests.helpers import complaint, read_lines
 from tiny_wan import ToyCodec, checkpoint
 from tiny_wan.checkpoint import FILE
@@ -32,7 +33,7 @@ def test_prompts_become_videos_and_a_contact_sheet(toy_folder, tmp_path):
     assert [line["caption"] for line in read_lines(tmp_path / "out" / "captions.jsonl")] == [
         "a red ball", "a blue ball", "a green ball moving up"]
     assert iio.imread(tmp_path / "out" / "a red ball-0.mp4").shape == (9, 256, 256, 3)
-    assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 64, 9 * 64, 3)
+    assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (3 * 128, 9 * 128, 3)
 
 
 def test_a_seed_gives_the_same_video_in_any_batch(toy_folder, tmp_path):
@@ -60,7 +61,8 @@ def test_files_can_be_named_after_other_prompts(toy_folder, tmp_path, capsys):
     assert run(toy_folder, tmp_path / "out", *files, "--videos-per-prompt", "2") == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mp4")) == [
         "blue-0.mp4", "blue-1.mp4", "red-0.mp4", "red-1.mp4"]
-    assert read_lines(tmp_path / "out" / "captions.jsonl")[3] == {
+    line = read_lines(tmp_path / "out" / "captions.jsonl")[3]
+    assert line.pop("settings") and line == {
         "video": "blue-1.mp4", "caption": "a blue ball moving up", "seed": 3,
         "model": str(toy_folder.resolve())}
     code = run(toy_folder, tmp_path / "out", "a red ball", *files)
@@ -83,6 +85,32 @@ def test_a_run_is_not_mixed_with_another_in_a_folder(toy_folder, tmp_path, monke
     for prompt, folder in zip(("red", "blue", "green", "red"), ("", "-2", "-3", "")):
         assert sample.main([f"a {prompt} ball", "--model", str(toy_folder), "--device", "cpu"]) == 0
         assert f"are in {Path(f'runs/samples{folder}')}\n" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_with_what_is_not_whole(toy_folder, tmp_path, monkeypatch, capsys):
+    model, out, written = shutil.copytree(toy_folder, tmp_path / "toy"), tmp_path / "out", []
+    words = ["a red ball", "a blue ball", "a green ball", "--batch-size", "1"]
+
+    def write_two(path, *video):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_video(path, *video)
+
+    monkeypatch.setattr(sample, "write_video", write_two)
+    assert run(model, out, *words) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    os.truncate(out / "a red ball-0.mp4", 1000)
+    written.clear()
+    assert run(model, out, *words) == 0
+    assert written == ["a red ball-0.mp4", "a green ball-0.mp4"]
+    assert run(model, out, *words) == 0
+    assert "3 of 3 videos are there already" in capsys.readouterr().out
+
+    for flags in (["--full-rate"], ["--height", "32"], ["--teacher"], ["--fps", "9"]):
+        assert "other settings" in complaint(capsys, run(model, out, *words, *flags))
+    os.utime(model / FILE, (0, 0))  # as if it had been trained again
+    assert "another model" in complaint(capsys, run(model, out, *words))
 
 
 def test_the_frame_rate_travels_with_the_model(toy_folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ encoder and VAE. These run in transformers and diffusers, from either layout of 
 import gc
 import html
 import logging
+import os
 import re
 from contextlib import contextmanager
 from functools import cached_property
@@ -131,7 +132,8 @@ class WanCodec(Codec):
         """Prompts -> `[b, l, 4096]` on the CPU, with l <= 512 and zeros after a prompt's end."""
         with self.text_encoder() as encode:
             rows = [encode(prompt) for prompt in
-                    tqdm(prompts, desc="encode prompts", unit="prompt", leave=False)]
+                    tqdm(prompts, desc="encode prompts", unit="prompt", leave=False,
+                         disable=os.environ.get("RANK", "0") != "0")]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     @contextmanager
