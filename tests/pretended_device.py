@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +48,8 @@ def pretended(kind, *programs):
     else:
         patches += [mock.patch("torch.cuda._lazy_init", mock.Mock(
             side_effect=RuntimeError("torch.cuda on MPS")))]
+    if dist.is_initialized():  # by an earlier test in this process
+        dist.destroy_process_group()
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

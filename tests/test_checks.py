@@ -72,7 +72,7 @@ def test_every_stage_runs_on_miniatures(python, inputs, tmp_path, capsys, monkey
         assert said[stage][2].startswith("  planned encode prompts: ")
     assert float(re.search(r"WanPipeline's: ([\d.e-]+) relative", block)[1]) < 1e-3
     assert sum("student_grad_norm" in line for line in said["distil"]) == 3
-    assert iio.imread(tmp_path / "contact_sheet.png").shape[0] == 4 * 64
+    assert iio.imread(tmp_path / "contact_sheet.png").shape[0] == 4 * 128
 
 
 def check_one(stage, tmp_path, monkeypatch, capsys, **stages):
