@@ -281,6 +281,7 @@ sys.exit(code)
 
 # --- one process among others ------------------------------------------------------------------
 
+@pytest.mark.long
 def test_ranks_that_are_busy_for_thrice_the_patience_are_not_called_dead(tmp_path):
     """The second holds Python's lock longer than the first, which is the first to judge."""
     (tmp_path / "busy.py").write_text("""

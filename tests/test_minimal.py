@@ -3,6 +3,7 @@
 import runpy
 
 import imageio.v3 as iio
+import pytest
 import torch
 
 from tests.helpers import ROOT, distill, equal
@@ -11,6 +12,7 @@ from tiny_wan import WEIGHTS, WanModel
 MINIMAL = ROOT / "docs" / "minimal.py"
 
 
+@pytest.mark.long
 def test_its_student_is_that_of_train_bit_for_bit(tmp_path):
     assert distill(WEIGHTS, tmp_path / "run", steps=3) == 0
     student = runpy.run_path(str(MINIMAL))["distil"](cycles=3, batch_size=2)
