@@ -468,6 +468,7 @@ def test_a_lora_of_the_difference_takes_the_base_to_the_student(toy_folder, tmp_
 
 # --- sampling --------------------------------------------------------------------------------
 
+@pytest.mark.long
 def test_two_ranks_that_are_killed_twice_make_one_processs_videos(toy_folder, tmp_path):
     (tmp_path / "die.py").write_text("""
 import os, random, signal, sys, threading, time, sample

@@ -18,6 +18,7 @@ from tools import measure
 READINGS = {"saturation", "contrast", "motion", "flicker"}
 
 
+@pytest.mark.long
 def test_a_run_logs_readings_and_writes_a_page_and_resuming_changes_neither(
         toy_folder, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
