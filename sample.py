@@ -11,16 +11,13 @@ others.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,11 +28,10 @@ from tqdm import tqdm
 import adavid
 from adavid import AnyNumber, Limits, Positive, Stride, Timestep
 from runtime import cli
-from runtime.distributed import Watchdog, all_gather, broadcast, init_distributed, rank, world_size
+from runtime.distributed import Watchdog, broadcast, init_distributed, rank, world_size
 from runtime.lora import check_loras, load_merged
 from runtime.media import (
     file_names,
-    is_whole,
     read_video,
     thumbnails,
     write_contact_sheet,
@@ -44,11 +40,11 @@ from runtime.media import (
 from runtime.models import (
     check_out,
     checkpoint_to_model,
-    find_interpolator,
     find_numbers,
     load_interpolator,
 )
 from runtime.run import check_shared, make_folder
+from runtime.samples import choose_folder, find_whole, settings_digest, write_captions
 from tiny_wan import STUDENT, WEIGHTS, WanModel, checkpoint, open_codec
 from tiny_wan.codec import check_finite
 
@@ -179,7 +175,7 @@ def run(args):
     names = list(file_names([line for line in titles for _ in range(args.videos_per_prompt)]))
 
     # What else decides the pixels, so that a run does not go on with other settings.
-    settings = identify(
+    settings = settings_digest(
         args, scales, interpolator, config.to_json(), shape, fps, str(dtype), args.vae_dtype,
         [args.steps, args.shift, negative] if args.teacher else [])
     model_name = " + ".join(str(path.resolve()) for path in (args.model, *args.lora))
@@ -198,20 +194,6 @@ def run(args):
     mine = batches[rank()::world_size()]
     if whole:
         print(f"{len(whole)} of {len(prompts)} videos are there already")
-
-    def load():
-        """The model, and {prompt: its embedding} of this rank's prompts."""
-        with watch("encode prompts"):
-            wanted = list(dict.fromkeys(prompts[i] for batch in mine for i in batch))
-            *text, null_text = codec.encode_text([*wanted, negative])
-        with watch("load"):
-            weights, loras = dtype or torch.float32, zip(args.lora, scales)
-            model = (load_merged(args.model, weights, device, loras) if args.lora
-                     else WanModel.from_pretrained(args.model, weights, device)).eval()
-            if args.compile:
-                for block in model.blocks:
-                    block.compile()
-        return model, dict(zip(wanted, text)), null_text[None].to(device)
 
     def counted(*inputs, **options):
         velocity = model(*inputs, **options)
@@ -235,7 +217,17 @@ def run(args):
     kept = []
     try:
         if mine:
-            model, text, null_text = load()
+            with watch("encode prompts"):
+                wanted = list(dict.fromkeys(prompts[i] for batch in mine for i in batch))
+                *text, null_text = codec.encode_text([*wanted, negative])
+                text, null_text = dict(zip(wanted, text)), null_text[None].to(device)
+            with watch("load"):
+                weights, loras = dtype or torch.float32, zip(args.lora, scales)
+                model = (load_merged(args.model, weights, device, loras) if args.lora
+                         else WanModel.from_pretrained(args.model, weights, device)).eval()
+                if args.compile:
+                    for block in model.blocks:
+                        block.compile()
         forwards = 2 * args.steps if args.teacher else len(config.timesteps)
         share = f" (the first of {world_size()} ranks)" if world_size() > 1 else ""
         with Watchdog(), tqdm(desc=f"denoise{share}", unit="forward", disable=rank() > 0,
@@ -253,8 +245,9 @@ def run(args):
                     kept.append(latents)
             if rank() > 0:
                 return
+            # Not in a collective, which times out: other ranks may take hours longer.
             while not all((out / names[i]).exists() for batch in batches for i in batch):
-                time.sleep(0.2)  # for the other ranks
+                time.sleep(0.2)
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped; the same command goes on with the remaining videos", file=sys.stderr)
@@ -274,58 +267,6 @@ def stored_fps(file):
         raise ValueError(f"{checkpoint.named(file)}: the fps in its metadata is {fps!r:.60}, not a "
                          f"frame rate; give --fps")
     return fps and int(fps)
-
-
-def choose_folder(out, captions):
-    """The folder for videos with these `captions`, the content of a file: `out`, or the first of
-    runs/samples, runs/samples-2, ... that is free or has them.
-
-    ValueError if `out` holds videos of other prompts, seeds, models or settings, as runs would be
-    mixed.
-    """
-    numbered = (Path("runs", "samples" + f"-{n}" * (n > 1)) for n in count(1))
-    for folder in [out] if out else numbered:
-        file = folder / "captions.jsonl"
-        if not file.exists() or checkpoint.read_text(file) == captions:
-            return folder
-    raise ValueError(f"--out {out}: holds videos of other prompts, another seed, another model or "
-                     f"other settings; delete it, or choose another folder")
-
-
-def identify(args, scales, interpolator, *settings):
-    """A digest of the settings that decide the pixels, and of when the weights were written."""
-    files = [file for path in (args.model, *args.lora) for file in checkpoint.weight_files(path)]
-    files += [] if interpolator is None else [find_interpolator(*args.lora, args.model)]
-    times = [file.stat().st_mtime_ns for file in files]
-    text = json.dumps([scales, str(args.codec), times, *settings])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def find_whole(out, names, frames, again):
-    """The set of those videos that are whole, which ranks check together; deletes the others.
-
-    again: make all again. So are those of an unknown run, without captions.jsonl.
-    """
-    known = broadcast(not again and (out / "captions.jsonl").exists())
-    mine = [out / name for name in names[rank()::world_size()]]
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(lambda file: known and is_whole(file, frames), mine)
-        checks = list(tqdm(checks, desc="check", unit="video", total=len(mine), leave=False,
-                           disable=rank() > 0 or not known))
-    for file, good in zip(mine, checks):
-        if not good:
-            file.unlink(missing_ok=True)
-    return {file.name for some in all_gather([file for file, good in zip(mine, checks) if good])
-            for file in some}
-
-
-def write_captions(out, captions):
-    """Write captions.jsonl, whole at once, unless it is there."""
-    file = out / "captions.jsonl"
-    if not file.exists():
-        part = file.with_name(f"{file.name}-{rank()}.part")
-        part.write_text(captions, encoding="utf-8")
-        part.replace(file)
 
 
 def choose_steps(args, config):
