@@ -103,11 +103,11 @@ def broadcast(value):
     return values[0]
 
 
-def all_gather(value):
+def all_gather(value, group=None):
     """The list of all ranks' values (any objects), on all ranks."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 

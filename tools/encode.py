@@ -30,7 +30,7 @@ from tqdm import tqdm
 from adavid import Limits
 from runtime import cli
 from runtime.data import INDEX, Prefetch, check_halves
-from runtime.distributed import init_distributed, rank, world_size
+from runtime.distributed import all_gather, init_distributed, rank, world_size
 from runtime.media import SUFFIXES, probe, read_video
 from runtime.models import check_out, load_config
 from runtime.run import lock_folder, stop_signals
@@ -114,22 +114,14 @@ def run(args):
                   f"changed or is gone: their samples are encoded again")
         todo = todo[rank()::world_size()]
         # No rank writes before all have read what is done.
-        lengths = sum(gather(count_frames(args, inputs.files, todo), group), [])
+        lengths = sum(all_gather(count_frames(args, inputs.files, todo), group), [])
         report_lengths(lengths, args, codec.time_factor * stride, bool(done))
         if args.videos:
             codec.prepare()
         null_text, broken = encode(args, codec, todo, settings, inputs.files)
-        all_broken = gather(broken, group)
+        all_broken = all_gather(broken, group)
         if rank() == 0:
             finish(args, settings, inputs, dict(ChainMap(inputs.skipped, *all_broken)), null_text)
-
-
-def gather(value, group):
-    """The list of all ranks' values."""
-    values = [value] * world_size()
-    if group:
-        dist.all_gather_object(values, value, group)
-    return values
 
 
 def encode(args, codec, items, settings, files):
