@@ -48,8 +48,8 @@ from runtime.models import (
 )
 from runtime.pictures import GRID_SEED, open_pictures
 from runtime.run import Flags, Run, adamw, clip_and_step, make_generator, make_generators
-from tiny_wan import WEIGHTS, ToyCodec, WanCodec, WanConfig, checkpoint
-from tiny_wan.codec import is_toy
+from tiny_wan import WEIGHTS, ToyCodec, WanConfig, checkpoint
+from tiny_wan.codec import codec_class
 
 # ---------------------------------------------------------------------------------------------
 # Flags
@@ -238,9 +238,9 @@ def distill(args):
                              torch.Generator().manual_seed(args.seed))
 
     def sample_teacher(noise, text):
-        solver = (ToyCodec if is_toy(models.teacher.config) else WanCodec).solver
-        return adavid.sample_teacher(models.teacher, noise, text, null_text,
-                                     guidance_scale=config.guidance_scale, solver=solver)
+        return adavid.sample_teacher(
+            models.teacher, noise, text, null_text, guidance_scale=config.guidance_scale,
+            solver=codec_class(models.teacher.config).solver)
 
     state = {"student": models.student, "critic": models.critic, "cache": cache,
              "student_optimizer": student_optimizer, "critic_optimizer": critic_optimizer}

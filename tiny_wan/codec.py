@@ -229,6 +229,11 @@ def is_toy(config):
     return (config.in_dim, config.text_dim) == (ToyCodec.channels, ToyCodec.text_dim)
 
 
+def codec_class(config):
+    """The class of the codec for a transformer with this WanConfig."""
+    return ToyCodec if is_toy(config) else WanCodec
+
+
 def open_codec(path, config, other=None, **options):
     """The codec for the transformer at `path`.
 

@@ -25,8 +25,8 @@ from adavid import Limits, Positive
 from runtime import cli
 from runtime.models import find_numbers
 from runtime.page import fill, markdown
-from tiny_wan import PRESETS, ToyCodec, WanCodec, WanConfig, WanModel
-from tiny_wan.codec import is_toy
+from tiny_wan import PRESETS, WanConfig, WanModel
+from tiny_wan.codec import codec_class, is_toy
 from tiny_wan.model import KEPT_PRECISE
 from tools import costs
 from tools.costs import PAGE, TF32, tokens
@@ -200,7 +200,7 @@ def parameters(module):
 
 def latent_shape(args):
     """Shape of a video's latents. ValueError if a size does not fit."""
-    codec = ToyCodec if is_toy(architecture(args)) else WanCodec
+    codec = codec_class(architecture(args))
     # The class is asked, not an instance, which would open Wan's files.
     return codec.latent_shape(codec, args.frames, args.height, args.width,
                               numbers(args).strides[0])
