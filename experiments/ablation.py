@@ -612,8 +612,8 @@ def blocks(measured):
         "claims": page.markdown(verdicts(measured)),
         "weights": page.markdown(kinds(measured, "avd")),
         "answers": "\n\n".join(
-            f"**{question['asks']}** {question.get('answer', '')}\n\n"
-            f"{page.markdown(table(measured, question))}"
+            f"**{question['asks']}** {question.get('answer', '')}".rstrip()
+            + f"\n\n{page.markdown(table(measured, question))}"
             for question in measured.conditions["questions"]),
         **{name: page.markdown(table(measured, rows)) for name, rows in tables.items()}}
 
